@@ -1,0 +1,392 @@
+"""AsyncEngine: the engine's asyncio face, on which the servers stand. It owns the open streams.
+
+Everything here runs on one event loop. The core's messages come in batches to `_on_messages`, which updates each
+request's state and wakes its reader; the reader builds its output when it runs (`RequestState.take`).
+"""
+
+import asyncio
+import functools
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from jengine.config import EngineConfig
+from jengine.core_client import ENGINE_CORE, CoreClient, ProcessCoreClient, ThreadCoreClient
+from jengine.errors import DuplicateRequestError, EngineDeadError, EngineDrainingError, JengineError, UnsupportedError
+from jengine.input_processor import SEED_BITS, InputProcessor, PreparedRequest, Prompt
+from jengine.loading.checkpoint import open_checkpoint
+from jengine.model_info import ModelInfo, build_model_info
+from jengine.output_processor import OutputProcessor, RequestState
+from jengine.outputs import RequestOutput
+from jengine.protocol import (
+    PROTOCOL_VERSION,
+    AbortRequests,
+    CallUtility,
+    CoreDead,
+    CoreReady,
+    EngineStats,
+    FromCore,
+    StepOutputs,
+    UtilityResult,
+)
+from jengine.request import FinishReason, SamplingParams
+from jengine.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+NUM_TEXT_THREADS = 2
+INLINE_CHARS = 2048  # tokenising less than this takes under 0.5 ms: not worth a change of threads
+
+
+class AsyncEngine:
+    """Streams of `RequestOutput` over one engine core. Build with `await AsyncEngine.create(config)`.
+
+    Not thread-safe: use it on the loop that created it.
+    """
+
+    model_info: ModelInfo
+    ready: CoreReady  # the core's greeting: pages, memory plan, start-up seconds
+    stats: EngineStats  # as of the last step
+
+    def __init__(self, client: CoreClient) -> None:
+        self.stats = EngineStats()
+        self._tokenizer: Tokenizer | None = None
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[CoreReady] = self._loop.create_future()
+        self._streams: dict[str, _Stream] = {}
+        self._starting: set[str] = set()  # ids being tokenised
+        self._calls: dict[int, asyncio.Future[UtilityResult]] = {}
+        self._num_calls = 0
+        self._dead_error: str | None = None
+        self._is_draining = False
+        self._is_closed = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._text_pool = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
+        client.attach(self._loop, self._on_messages)
+
+    @classmethod
+    async def create(
+        cls, config: EngineConfig, *, in_process: bool = False, core_factory: str = ENGINE_CORE
+    ) -> Self:
+        """Start an engine core and return when it can serve.
+
+        The core is a child process, or with `in_process` a thread of this one (notebooks). `core_factory`
+        ("module:name") replaces the core in tests. Raises what `open_checkpoint` raises, or `EngineDeadError`.
+        """
+        loop = asyncio.get_running_loop()
+        # Before the core does the same, so that a model is fetched once and its errors keep their types.
+        checkpoint = await loop.run_in_executor(None, open_checkpoint, config.model)
+        client_type = ThreadCoreClient if in_process else ProcessCoreClient
+        engine = cls(client_type(config, core_factory))
+        try:
+            tokenizer = None
+            if not config.model.skip_tokenizer_init:
+                tokenizer = await engine._in_text_pool(checkpoint.load_tokenizer, config.model.tokenizer)
+            ready = await engine._ready
+            if ready.protocol_version != PROTOCOL_VERSION:
+                raise EngineDeadError(
+                    f"the engine core speaks protocol version {ready.protocol_version}, not {PROTOCOL_VERSION}"
+                )
+            engine._set_up(config, ready, build_model_info(config, checkpoint, tokenizer, ready), tokenizer)
+        except BaseException:
+            await engine.shutdown()
+            raise
+        return engine
+
+    def _set_up(
+        self, config: EngineConfig, ready: CoreReady, model_info: ModelInfo, tokenizer: Tokenizer | None
+    ) -> None:
+        self.ready, self.model_info, self._tokenizer = ready, model_info, tokenizer
+        draw_seed = functools.partial(secrets.randbits, SEED_BITS)
+        self._inputs = InputProcessor(config, model_info, tokenizer, draw_seed)
+        self._outputs = OutputProcessor(tokenizer)
+
+    # --- requests
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        deadline: float | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Complete a prompt. Closing or cancelling the generator aborts the request and frees its pages.
+
+        `prompt` is text, token ids, or a dict `{"prompt": ...}` / `{"prompt_token_ids": [...]}`. Each output holds
+        what `sampling_params.output_kind` says, for one or more of the `n` completions (see their `index`); a reader
+        that is slower than the engine gets fewer and larger outputs. `priority`: lower runs first. Requests with
+        different `cache_salt` never share prefix-cache pages. `deadline` is a `time.monotonic()` value.
+
+        Raises `InvalidRequestError`, `DuplicateRequestError`, `QueueFullError`, `EngineDrainingError`,
+        `EngineDeadError`, and `TimeoutError` when the deadline passes. The first ones come with the first output.
+        """
+        stream = await self._open(prompt, sampling_params, request_id, priority, cache_salt, deadline)
+        try:
+            while True:
+                output = await stream.next()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._close(stream)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request: its stream finishes with `finish_reason` "abort". Unknown ids are ignored."""
+        self._finish(request_id, FinishReason.ABORT)
+
+    async def _open(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str,
+        priority: int,
+        cache_salt: str,
+        deadline: float | None,
+    ) -> "_Stream":
+        self._check_accepts()
+        if request_id in self._starting or request_id in self._streams:
+            raise DuplicateRequestError(f"request_id {request_id!r} is in flight")
+        prepare = functools.partial(
+            self._inputs.prepare, prompt, sampling_params, request_id, priority=priority, cache_salt=cache_salt
+        )
+        if _is_short(prompt):
+            prepared = prepare()
+        else:
+            self._starting.add(request_id)
+            try:
+                prepared = await self._in_text_pool(prepare)
+            finally:
+                self._starting.discard(request_id)
+            self._check_accepts()
+        return self._start(prepared, deadline)
+
+    def _start(self, prepared: PreparedRequest, deadline: float | None) -> "_Stream":
+        if deadline is not None and deadline <= time.monotonic():
+            raise TimeoutError("the deadline had passed before the request started")
+        stream = _Stream(self._outputs.add(prepared))
+        if deadline is not None:
+            delay = deadline - time.monotonic()
+            stream.timer = self._loop.call_later(delay, self._expire, stream)
+        self._streams[prepared.request_id] = stream
+        self._idle.clear()
+        for child in prepared.children:
+            self._client.send(child)
+        return stream
+
+    def _close(self, stream: "_Stream") -> None:
+        """The reader has left: after the last output, or (cancelled, closed) before it."""
+        request_id = stream.state.request_id
+        self._finish(request_id, FinishReason.ABORT)
+        if stream.timer is not None:
+            stream.timer.cancel()
+        self._streams.pop(request_id, None)
+        if not self._streams:
+            self._idle.set()
+
+    def _finish(self, request_id: str, reason: FinishReason) -> None:
+        if running := self._outputs.finish(request_id, reason):
+            self._client.send(AbortRequests(running))
+        if (stream := self._streams.get(request_id)) is not None:
+            stream.wake()
+
+    def _expire(self, stream: "_Stream") -> None:
+        if not stream.state.is_finished:
+            stream.fail(TimeoutError("the request's deadline has passed"))
+            self._finish(stream.state.request_id, FinishReason.ABORT)
+
+    # --- text
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises `UnsupportedError` if the engine was started with `skip_tokenizer_init`."""
+        if self._tokenizer is None:
+            raise UnsupportedError("the engine was started without a tokenizer (skip_tokenizer_init)")
+        return self._tokenizer
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`."""
+        return await self._in_text_pool(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of token ids."""
+        return await self._in_text_pool(self.tokenizer.decode, list(ids), skip_special_tokens=skip_special_tokens)
+
+    async def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt of a conversation; `kwargs` go to the template. Encode it without special tokens."""
+        return await self._in_text_pool(
+            self.tokenizer.apply_chat_template,
+            list(messages),
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+            **kwargs,
+        )
+
+    async def _in_text_pool(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """The tokenizers library releases the GIL: long texts do not stall the streams."""
+        return await self._loop.run_in_executor(self._text_pool, functools.partial(function, *args, **kwargs))
+
+    # --- state and control
+
+    @property
+    def is_dead(self) -> bool:
+        return self._dead_error is not None
+
+    @property
+    def dead_error(self) -> str | None:
+        """Why the core has stopped; None while it runs."""
+        return self._dead_error
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    @property
+    def num_open_requests(self) -> int:
+        """Requests whose reader has not left yet."""
+        return len(self._streams)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes. False if pages are in use and nothing was done."""
+        return bool(await self.call_utility("reset_prefix_cache"))
+
+    async def call_utility(self, method: str, *args: Any) -> Any:
+        """Run a rare operation of the core (`memory_plan`, `check_integrity`, ...) and return its result."""
+        self._check_alive()
+        self._num_calls += 1
+        call_id = self._num_calls
+        future = self._calls[call_id] = self._loop.create_future()
+        self._client.send(CallUtility(call_id, method, [msgspec.Raw(msgspec.msgpack.encode(arg)) for arg in args]))
+        try:
+            result = await future
+        finally:
+            del self._calls[call_id]
+        if result.error is not None:
+            raise JengineError(f"{method}: {result.error}")
+        return None if result.value is None else msgspec.msgpack.decode(result.value)
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests, let the open ones finish for `timeout` seconds, then abort the rest."""
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("aborting %d requests after %.1f s of draining", len(self._streams), timeout)
+            for request_id in list(self._streams):
+                self._finish(request_id, FinishReason.ABORT)
+
+    async def shutdown(self) -> None:
+        """Stop the core. Streams that are still open raise `EngineDeadError`. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._client.stop()
+        self._die("the engine was shut down")
+        await self._loop.run_in_executor(None, self._client.join)
+        self._text_pool.shutdown(wait=False)
+
+    def _check_alive(self) -> None:
+        if self._dead_error is not None:
+            raise EngineDeadError(self._dead_error)
+
+    def _check_accepts(self) -> None:
+        self._check_alive()
+        if self._is_draining:
+            raise EngineDrainingError("the engine is shutting down and takes no new requests")
+
+    # --- from the core
+
+    def _on_messages(self, messages: list[FromCore]) -> None:
+        for message in messages:
+            match message:
+                case StepOutputs():
+                    self._on_outputs(message)
+                case UtilityResult():
+                    future = self._calls.get(message.call_id)
+                    if future is not None and not future.done():
+                        future.set_result(message)
+                case CoreReady():
+                    if not self._ready.done():
+                        self._ready.set_result(message)
+                case CoreDead():
+                    self._die(message.error)
+
+    def _on_outputs(self, message: StepOutputs) -> None:
+        self.stats = message.stats
+        changed, stopped = self._outputs.process(message)
+        if stopped:
+            self._client.send(AbortRequests(stopped, FinishReason.STOP))
+        for state in changed:
+            if (stream := self._streams.get(state.request_id)) is not None:
+                stream.wake()
+
+    def _die(self, reason: str) -> None:
+        """Wake everything that waits for the core; the first reason stands."""
+        if self._dead_error is not None:
+            return
+        self._dead_error = reason
+        if not self._is_closed:
+            logger.error("engine core is dead: %s", reason)
+        for stream in self._streams.values():
+            if not stream.state.is_finished:
+                stream.fail(EngineDeadError(reason))
+        for future in (self._ready, *self._calls.values()):
+            if not future.done():
+                future.set_exception(EngineDeadError(reason))
+                future.exception()  # counts as seen, also if nobody waits any more
+
+
+class _Stream:
+    """The reader's end of a request: a state that grows, and a bell."""
+
+    def __init__(self, state: RequestState) -> None:
+        self.state = state
+        self.timer: asyncio.TimerHandle | None = None
+        self._error: Exception | None = None
+        self._bell = asyncio.Event()
+
+    def wake(self) -> None:
+        self._bell.set()
+
+    def fail(self, error: Exception) -> None:
+        """Make the reader raise."""
+        self._error = error
+        self._bell.set()
+
+    async def next(self) -> RequestOutput:
+        """Wait for news. Raises the request's error."""
+        while True:
+            if (error := self._error or self.state.error) is not None:
+                raise error
+            if (output := self.state.take()) is not None:
+                return output
+            self._bell.clear()
+            await self._bell.wait()
+
+
+def _is_short(prompt: Any) -> bool:
+    """Whether preparing `prompt` is quick enough to do on the loop; wrong types are, they are refused at once."""
+    text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+    return not isinstance(text, str) or len(text) <= INLINE_CHARS

@@ -1,0 +1,150 @@
+"""Configuration: one frozen dataclass per concern, composed in `EngineConfig`. The only reader of the environment."""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+
+
+def cache_root() -> Path:
+    """The user's cache folder of jengine: `$JENGINE_CACHE`, else `$XDG_CACHE_HOME/jengine`, else `~/.cache/jengine`."""
+    if path := os.environ.get("JENGINE_CACHE"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jengine"
+
+
+def is_hub_offline() -> bool:
+    """Whether the user forbids downloads (`HF_HUB_OFFLINE=1`, as huggingface_hub spells it)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def is_native_disabled() -> bool:
+    """`JENGINE_NATIVE=0` turns the C++ CPU library off: every operation then takes its plain-JAX path."""
+    return os.environ.get("JENGINE_NATIVE", "1") == "0"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelArgs:
+    """Which model, and how its weights are read."""
+
+    model: str
+    tokenizer: str | None = None
+    served_model_name: tuple[str, ...] = ()
+    dtype: Dtype = "auto"
+    load_format: LoadFormat = "auto"
+    revision: str | None = None
+    max_model_len: int | None = None
+    seed: int = 0
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    skip_tokenizer_init: bool = False
+    generation_config: Literal["auto", "vllm"] = "auto"  # "vllm": ignore the model's sampling defaults
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV cache. `num_pages` overrides every plan (tests); else bytes, else a share of device memory."""
+
+    page_size: int = 16
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None  # CPU default: 1 GiB, or what is free if less
+    num_pages: int | None = None
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    enable_prefix_caching: bool = True
+    poison: bool = False  # fill unused pages with NaN (tests)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """What one step may hold. Names as in vLLM."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    max_num_waiting: int = 4096
+    async_scheduling: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class CompileConfig:
+    """Buckets and the executables kept on disk."""
+
+    cache_dir: str | None = None  # None: cache_root() / "executables"
+    keep_executables: bool = True
+    compile_threads: int = 2
+    decode_buckets: tuple[int, ...] = ()  # () = powers of two up to max_num_seqs
+    prefill_buckets: tuple[int, ...] = ()  # () = the default ladder up to max_num_batched_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """Mesh axes. Only size one is built in this version."""
+
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine is built from. Picklable and hashable parts only; no derived state."""
+
+    model: ModelArgs
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    compile: CompileConfig = CompileConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    max_logprobs: int = 20
+    disable_log_stats: bool = False
+
+    def __post_init__(self) -> None:
+        positive = {
+            "page_size": self.cache.page_size,
+            "max_num_seqs": self.scheduler.max_num_seqs,
+            "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.scheduler.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.scheduler.max_num_seqs}): a decode step holds one token of each"
+            )
+        if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
+            raise ValueError("gpu_memory_utilization must be in (0, 1]")
+        if self.parallel != ParallelConfig():
+            raise ValueError("this version runs on one device: parallel sizes must be 1")
+
+    @classmethod
+    def from_kwargs(cls, model: str, **kwargs: Any) -> Self:
+        """Build from flat, vLLM-spelled arguments (`LLM(model, **kwargs)` and the CLI).
+
+        `block_size` is vLLM's word for `page_size`, `num_gpu_blocks_override` for `num_pages`.
+        Unknown names raise `TypeError`.
+        """
+        aliases = {"block_size": "page_size", "num_gpu_blocks_override": "num_pages", "scheduling_policy": "policy"}
+        kwargs = {aliases.get(k, k): v for k, v in kwargs.items() if v is not None}
+        if isinstance(kwargs.get("served_model_name"), str):
+            kwargs["served_model_name"] = (kwargs["served_model_name"],)
+        parts = {
+            "model": ModelArgs,
+            "cache": CacheConfig,
+            "scheduler": SchedulerConfig,
+            "compile": CompileConfig,
+            "parallel": ParallelConfig,
+        }
+        built: dict[str, Any] = {}
+        for name, part in parts.items():
+            mine = {k: kwargs.pop(k) for k in part.__dataclass_fields__ if k != "model" and k in kwargs}
+            built[name] = part(model=model, **mine) if part is ModelArgs else part(**mine)
+        own = {k: kwargs.pop(k) for k in ("max_logprobs", "disable_log_stats") if k in kwargs}
+        if kwargs:
+            raise TypeError(f"unknown engine arguments: {', '.join(sorted(kwargs))}")
+        scheduler: SchedulerConfig = built["scheduler"]
+        if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
+            built["scheduler"] = replace(scheduler, max_num_batched_tokens=scheduler.max_num_seqs)
+        return cls(**built, **own)

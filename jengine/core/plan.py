@@ -1,0 +1,67 @@
+"""The boundary between the scheduler and the device runtime: what goes into a step and what comes out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jengine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """Tokens `[start, start + num_tokens)` of one request. `page_tables` are live lists, one per KV group: copy them.
+
+    A token whose id the host does not know yet (`start + i >= request.num_tokens`) is the last one sampled for
+    `row`, and is read on the device.
+    """
+
+    request: Request
+    row: int
+    start: int
+    num_tokens: int
+    page_tables: tuple[Sequence[int], ...]
+    samples: bool  # the last token is the newest: a token is sampled after it
+    is_admitted: bool  # first step since (re)admission: per-row device state must be set
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. `scheduled` is never empty; `num_tokens` is the sum over it."""
+
+    step_id: int
+    scheduled: tuple[ScheduledRequest, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the chosen token first, then the best k in falling order."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int  # rank of the chosen token, 1 = most likely
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step brought back, each list aligned with `StepPlan.scheduled`.
+
+    `prompt_logprobs[i]` holds one entry for each prompt token at positions `start + 1 ... start + num_tokens`
+    that is still inside the prompt, or None if the request did not ask.
+    """
+
+    token_ids: Sequence[int]  # -1 where nothing was sampled
+    logprobs: Sequence[TokenLogprobs | None] | None = None
+    prompt_logprobs: Sequence[list[TokenLogprobs] | None] | None = None
+    failed: frozenset[int] = frozenset()  # indices whose logits were not finite
+
+
+@dataclass(frozen=True, slots=True)
+class RequestUpdate:
+    """What `Scheduler.update` tells the front end about one request."""
+
+    request: Request
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = (
+        None  # chunk of prompt positions computed in this step
+    )

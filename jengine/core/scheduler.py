@@ -1,0 +1,387 @@
+"""Who gets how many tokens in the next step."""
+
+import time
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import replace
+
+from jengine.config import SchedulerConfig
+from jengine.core.kv_manager import KVManager, PageTables
+from jengine.core.page_pool import IntegrityError
+from jengine.core.plan import (
+    RequestUpdate,
+    ScheduledRequest,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+from jengine.core.queue import build_queue, precedence
+from jengine.core.stats import SchedulerStats
+from jengine.errors import DuplicateRequestError, InvalidRequestError, QueueFullError
+from jengine.request import FinishReason, Request, RequestStatus
+
+
+class Scheduler:
+    """Owner and only writer of requests, from `add` to their finish.
+
+    There is no prefill phase and no decode phase. Each request has a number of computed tokens that
+    must catch up with its tokens, known or pending; a step hands out a budget of tokens for that.
+    Chunked prefill, prefix hits, preemption and planning ahead all follow from it:
+
+    - a long prompt takes what is left of the budget, and goes on in the next step;
+    - a prefix hit, or a preemption, only sets where the computed tokens start;
+    - `schedule` counts its step as done, so it can be called again before `update` brings the
+      step's tokens. Those are pending: the device feeds them to the next step itself.
+
+    `running` is in order of precedence (admission, or priority), and pages are taken back from its
+    end only. So a request that is already in the plan is never preempted by the same plan.
+    """
+
+    def __init__(self, config: SchedulerConfig, kv: KVManager, max_model_len: int) -> None:
+        if config.max_num_batched_tokens < config.max_num_seqs:
+            raise ValueError("max_num_batched_tokens must be at least max_num_seqs")
+        self._config = config
+        self._kv = kv
+        self._max_model_len = max_model_len
+        self._requests: dict[str, Request] = {}  # unfinished
+        self._running: list[Request] = []
+        self._waiting = build_queue(config.policy)
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._num_prompt_logprobs: dict[str, int] = {}  # prompt positions reported, where asked for
+        self._next_step_id = 0
+        self._next_update_id = 0
+        self._stats = SchedulerStats(kv.page_size, kv.num_pages_total)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is left and no step is in flight."""
+        return not self._requests and self._next_update_id == self._next_step_id
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def stats(self) -> SchedulerStats:
+        """A snapshot."""
+        return replace(
+            self._stats,
+            num_pages_used=self._kv.num_pages_used,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_steps=self._next_step_id,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `DuplicateRequestError`, `InvalidRequestError` if it can never
+        fit, `QueueFullError`; then the request is not taken."""
+        if request.request_id in self._requests:
+            raise DuplicateRequestError(f"request {request.request_id!r} is already in flight")
+        self._check_fits(request)
+        if len(self._waiting) >= self._config.max_num_waiting:
+            raise QueueFullError(f"{len(self._waiting)} requests are waiting, which is the limit")
+        self._requests[request.request_id] = request
+        self._waiting.push(request)
+        self._stats.num_waiting_tokens += request.num_prompt_tokens
+
+    def abort(
+        self, request_ids: Iterable[str], reason: FinishReason = FinishReason.ABORT
+    ) -> list[Request]:
+        """Finish requests now, wherever they are; ids that are not in flight are ignored."""
+        now = time.time()
+        finished = []
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._finish(request, reason, now)
+                finished.append(request)
+        self._drop_finished(bool(finished))
+        return finished
+
+    def schedule(self) -> StepPlan | None:
+        """Plan one step, or None if nothing can run before the next `update` or `add`.
+
+        The caller dispatches the plan before it calls `schedule`, `update` or `abort` again.
+
+        Running requests come first. New ones are admitted only if no running request still wants
+        tokens or pages: then every running prompt has all its pages, and what is free is free.
+        """
+        scheduled: list[ScheduledRequest] = []
+        budget, all_served = self._schedule_running(scheduled)
+        if all_served:
+            budget = self._schedule_waiting(scheduled, budget)
+        if not scheduled:
+            return None
+        self._stats.scheduled_tokens = self._config.max_num_batched_tokens - budget
+        plan = StepPlan(self._next_step_id, tuple(scheduled), self._stats.scheduled_tokens)
+        self._next_step_id += 1
+        return plan
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
+        """Take in what a step brought: the oldest step first. Returns what is new to clients."""
+        if plan.step_id != self._next_update_id:
+            raise IntegrityError(f"step {plan.step_id} is not step {self._next_update_id}")
+        self._next_update_id += 1
+        now = time.time()
+        updates = []
+        any_finished = False
+        for index, entry in enumerate(plan.scheduled):
+            request = entry.request
+            if request.is_finished:  # meanwhile; this step was planned before that was known
+                continue
+            update = self._update_request(index, entry, result, now)
+            if update is not None:
+                updates.append(update)
+                any_finished |= request.is_finished
+        self._drop_finished(any_finished)
+        return updates
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget cached pages. False, and nothing is done, while requests are running."""
+        return self._kv.reset_prefix_cache()
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless rows, pages and queues add up."""
+        waiting = list(self._waiting)
+        if {r.request_id for r in (*waiting, *self._running)} != self._requests.keys():
+            raise IntegrityError("an unfinished request neither waits nor runs")
+        if len(waiting) + len(self._running) != len(self._requests):
+            raise IntegrityError("a request is in two places")
+        rows = sorted([*self._free_rows, *(r.row for r in self._running)])
+        if rows != list(range(self._config.max_num_seqs)):
+            raise IntegrityError("a row is lost or shared")
+        if any(r.status is not RequestStatus.RUNNING for r in self._running):
+            raise IntegrityError("a request that does not run has a row")
+        if self._stats.num_waiting_tokens != sum(r.num_prompt_tokens for r in waiting):
+            raise IntegrityError("waiting prompt tokens are miscounted")
+        self._kv.check_integrity({r.request_id for r in self._running})
+
+    def _check_fits(self, request: Request) -> None:
+        num_prompt_tokens = request.num_prompt_tokens
+        if num_prompt_tokens == 0:
+            raise InvalidRequestError("prompt", "must hold at least one token")
+        if num_prompt_tokens >= self._max_model_len:
+            raise InvalidRequestError(
+                "prompt",
+                f"holds {num_prompt_tokens} tokens; the model takes {self._max_model_len}, "
+                "of which at least one must be left for the output",
+            )
+        limit = self._kv.max_request_tokens(self._config.max_num_batched_tokens)
+        if num_prompt_tokens > limit:
+            raise InvalidRequestError(
+                "prompt", f"holds {num_prompt_tokens} tokens; the KV cache holds {limit}"
+            )
+        # The last token sampled is never computed. Without this check the request would preempt
+        # itself for ever, once alone with a pool that is too small for it.
+        if self._max_tokens(request) - 1 > limit:
+            raise InvalidRequestError(
+                "max_tokens",
+                f"{num_prompt_tokens} prompt tokens leave room for "
+                f"{limit - num_prompt_tokens + 1} in the KV cache, which holds {limit}",
+            )
+
+    def _schedule_running(self, scheduled: list[ScheduledRequest]) -> tuple[int, bool]:
+        """Returns the budget left, and whether every running request got all that it wanted."""
+        budget = self._config.max_num_batched_tokens
+        num_preemptions = self._stats.num_preemptions
+        all_served = True
+        running = self._running
+        index = 0
+        while index < len(running):
+            request = running[index]
+            wanted = self._num_wanted_tokens(request)
+            # A prompt leaves one token for each request behind it, so that none of them stalls
+            # while it is computed.
+            num_tokens = min(wanted, budget - (len(running) - index - 1))
+            if num_tokens < wanted:
+                all_served = False
+            if num_tokens:
+                tables = self._allocate_by_preempting(request, num_tokens)
+                if tables is None:
+                    break
+                scheduled.append(self._commit(request, num_tokens, tables, is_admitted=False))
+                budget -= num_tokens
+            index += 1
+        return budget, all_served and num_preemptions == self._stats.num_preemptions
+
+    def _schedule_waiting(self, scheduled: list[ScheduledRequest], budget: int) -> int:
+        """Admit from the queue's head; nobody overtakes a head that has to wait. Returns the budget
+        left."""
+        max_chunk = self._config.max_num_batched_tokens
+        while self._waiting and self._free_rows and budget:
+            request = self._waiting.peek()
+            if request.num_pending_tokens:  # preempted while its last tokens were on the device
+                break
+            hit = self._kv.match_prefix(request)
+            if not self._kv.admit(request, hit, max_chunk):
+                break
+            self._waiting.pop()
+            self._start(request, hit.num_tokens)
+            num_tokens = min(request.num_tokens - hit.num_tokens, budget)
+            tables = self._kv.allocate(request, num_tokens)
+            if tables is None:
+                raise IntegrityError("an admitted request has no pages for its first chunk")
+            scheduled.append(self._commit(request, num_tokens, tables, is_admitted=True))
+            budget -= num_tokens
+        return budget
+
+    def _num_wanted_tokens(self, request: Request) -> int:
+        """Tokens a running request can compute now."""
+        num_pending = request.num_pending_tokens
+        num_tokens = len(request.token_ids) + num_pending
+        if num_pending and (
+            num_tokens >= self._max_tokens(request) or request.sampling.needs_host_tokens
+        ):
+            return 0  # it ends, or goes on, with what is on the device: see `update`
+        return num_tokens - request.num_computed_tokens
+
+    def _max_tokens(self, request: Request) -> int:
+        """Prompt and output tokens at which the request ends."""
+        max_tokens = request.sampling.max_tokens
+        if max_tokens is None:
+            return self._max_model_len
+        return min(len(request.prompt_token_ids) + max_tokens, self._max_model_len)
+
+    def _allocate_by_preempting(self, request: Request, num_tokens: int) -> PageTables | None:
+        """None if the request, being the last, had to give way itself."""
+        while (tables := self._kv.allocate(request, num_tokens)) is None:
+            victim = self._running.pop()
+            self._preempt(victim)
+            if victim is request:
+                return None
+        return tables
+
+    def _preempt(self, request: Request) -> None:
+        """Take pages and row back. What it has computed is computed again (from the prefix cache,
+        as far as pages survive); what it has sampled stays, also what is still on the device."""
+        self._kv.free(request)
+        self._release_row(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self._stats.num_preemptions += 1
+        self._waiting.push_front(request)
+        self._stats.num_waiting_tokens += request.num_prompt_tokens
+
+    def _start(self, request: Request, num_cached_tokens: int) -> None:
+        """Move a request from the queue into the running ones."""
+        if request.scheduled_time is None:
+            request.scheduled_time = time.time()
+            request.num_cached_tokens = num_cached_tokens
+            self._stats.num_prompt_tokens += request.num_prompt_tokens
+            if request.sampling.reads_prefix_cache:
+                self._stats.prefix_queries += request.num_tokens
+                self._stats.prefix_hits += num_cached_tokens
+        self._stats.num_waiting_tokens -= request.num_prompt_tokens
+        request.num_computed_tokens = num_cached_tokens
+        request.row = self._free_rows.pop()
+        request.status = RequestStatus.RUNNING
+        if self._config.policy == "priority":
+            insort(self._running, request, key=precedence)
+        else:
+            self._running.append(request)
+
+    def _commit(
+        self, request: Request, num_tokens: int, tables: PageTables, *, is_admitted: bool
+    ) -> ScheduledRequest:
+        """Count the tokens as computed: the step that computes them is dispatched before any other
+        is planned."""
+        start = request.num_computed_tokens
+        end = request.num_computed_tokens = start + num_tokens
+        samples = end == len(request.token_ids) + request.num_pending_tokens
+        if samples:
+            request.num_pending_tokens += 1
+        return ScheduledRequest(
+            request, request.row, start, num_tokens, tables, samples, is_admitted
+        )
+
+    def _update_request(
+        self, index: int, entry: ScheduledRequest, result: StepResult, now: float
+    ) -> RequestUpdate | None:
+        request = entry.request
+        if index in result.failed:
+            self._finish(request, FinishReason.ERROR, now)
+            return RequestUpdate(request, [])
+        prompt_logprobs = None
+        if result.prompt_logprobs is not None:
+            prompt_logprobs = self._unreported(entry, result.prompt_logprobs[index])
+        if not entry.samples:
+            if prompt_logprobs is None:
+                return None
+            return RequestUpdate(request, [], prompt_logprobs=prompt_logprobs)
+        token_id = result.token_ids[index]
+        request.token_ids.append(token_id)
+        request.num_pending_tokens -= 1
+        self._stats.num_generation_tokens += 1
+        if request.first_token_time is None:
+            request.first_token_time = now
+        reason = self._finish_reason(request, token_id)
+        if reason is not None:
+            self._finish(request, reason, now)
+        logprobs = None
+        if result.logprobs is not None and (position := result.logprobs[index]) is not None:
+            logprobs = [position]
+        return RequestUpdate(request, [token_id], logprobs, prompt_logprobs)
+
+    def _unreported(
+        self, entry: ScheduledRequest, chunk: list[TokenLogprobs] | None
+    ) -> list[TokenLogprobs] | None:
+        """The part of a chunk of prompt logprobs that clients have not seen: a preempted request
+        computes its prompt again. `chunk[0]` belongs to position `entry.start + 1`."""
+        if not chunk:
+            return None
+        request_id = entry.request.request_id
+        num_reported = self._num_prompt_logprobs.get(request_id, 0)
+        new = chunk[max(0, num_reported - entry.start) :]
+        if not new:
+            return None
+        self._num_prompt_logprobs[request_id] = entry.start + len(chunk)
+        return new
+
+    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
+        """Why the request ends with its newest token, if it does; sets `stop_reason`."""
+        sampling = request.sampling
+        if request.num_output_tokens >= sampling.min_tokens:
+            if token_id in request.eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP
+            if sampling.stop_token_ids and token_id in sampling.stop_token_ids:
+                request.stop_reason = token_id
+                return FinishReason.STOP
+        if len(request.token_ids) >= self._max_tokens(request):
+            return FinishReason.LENGTH
+        return None
+
+    def _finish(self, request: Request, reason: FinishReason, now: float) -> None:
+        """End a request and give back its pages and row at once, even if steps in flight still
+        contain it: whoever gets them next is in a later step, and the device executes steps in
+        order. The caller drops it from `running`."""
+        if reason is FinishReason.ERROR:
+            self._kv.discard(request)
+        else:
+            self._kv.free(request)
+        if request.status is RequestStatus.RUNNING:
+            self._release_row(request)
+        else:
+            self._waiting.remove(request)
+            self._stats.num_waiting_tokens -= request.num_prompt_tokens
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.finish_time = now
+        del self._requests[request.request_id]
+        self._num_prompt_logprobs.pop(request.request_id, None)
+
+    def _release_row(self, request: Request) -> None:
+        self._free_rows.append(request.row)
+        request.row = -1
+
+    def _drop_finished(self, any_finished: bool) -> None:
+        # In one pass: `list.remove` for each would be quadratic when a whole batch ends together.
+        if any_finished:
+            self._running = [r for r in self._running if not r.is_finished]

@@ -1,0 +1,22 @@
+"""What the scheduler counts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Gauges as of now and totals since start; fields mean what `protocol.EngineStats` says."""
+
+    page_size: int
+    num_pages_total: int
+    num_pages_used: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    scheduled_tokens: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0

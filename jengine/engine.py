@@ -1,0 +1,217 @@
+"""EngineCore: the loop that schedules, dispatches, collects and tells. The only file that sees scheduler and runner."""
+
+import collections
+import dataclasses
+import logging
+import queue
+import time
+import traceback
+from collections.abc import Callable
+
+import jax
+import msgspec
+
+from jengine.config import EngineConfig
+from jengine.core.kv_manager import KVManager
+from jengine.core.plan import RequestUpdate, TokenLogprobs
+from jengine.core.scheduler import Scheduler
+from jengine.errors import InvalidRequestError, JengineError, QueueFullError
+from jengine.models.loader import load_model
+from jengine.protocol import (
+    PROTOCOL_VERSION,
+    AbortRequests,
+    CallUtility,
+    CoreDead,
+    CoreOutput,
+    CoreReady,
+    CoreRequest,
+    EngineStats,
+    FromCore,
+    LogprobsData,
+    Refusal,
+    Shutdown,
+    StepOutputs,
+    ToCore,
+    UtilityResult,
+)
+from jengine.request import FinishReason, Request
+from jengine.runtime.runner import ModelRunner, StepHandle
+
+log = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """One model on one device, driven by messages. `run` blocks its thread until `Shutdown`.
+
+    Two steps are in flight at most: step n+1 is planned and dispatched while n runs, then n is collected.
+    """
+
+    def __init__(self, config: EngineConfig, emit: Callable[[FromCore], None]) -> None:
+        self._config = config
+        self._emit = emit
+        self._inbox: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
+        self._in_flight: collections.deque[StepHandle] = collections.deque()
+        self._depth = 2 if config.scheduler.async_scheduling else 1
+        self._stop_at: float | None = None  # deadline of a drain; 0 = now
+        self._padded_tokens = 0  # of the last step's bucket
+        self.runner: ModelRunner
+        self.scheduler: Scheduler
+
+    def submit(self, message: ToCore) -> None:
+        """Hand a message to the loop. Thread-safe."""
+        self._inbox.put(message)
+
+    def run(self) -> None:
+        """Load, warm up, report `CoreReady`, then serve. Any failure is reported as `CoreDead`."""
+        try:
+            self._start()
+            while not self._is_over():
+                self._turn()
+        except Exception as error:  # the last line of defence: tell the front end instead of vanishing
+            log.error("engine core stopped: %s", traceback.format_exc())
+            known = isinstance(error, (JengineError, ValueError, OSError))
+            self._emit(CoreDead(str(error) if known else f"{type(error).__name__}: {error}"))
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            **dataclasses.asdict(self.scheduler.stats()),
+            num_compilations=self.runner.programs.num_late,
+            padded_tokens=self._padded_tokens,
+        )
+
+    def _start(self) -> None:
+        started = time.perf_counter()
+        device = jax.devices()[0]
+        loaded = load_model(self._config, device, log.debug)
+        self.runner = ModelRunner(self._config, loaded, device)
+        kv = KVManager(
+            self.runner.groups,
+            self.runner.num_pages,
+            enable_prefix_caching=self._config.cache.enable_prefix_caching,
+            fingerprint=f"{loaded.checkpoint.name}/{loaded.cfg.dtype}/{self.runner.groups}",
+        )
+        self.scheduler = Scheduler(self._config.scheduler, kv, self.runner.max_model_len)
+        self.runner.warm_up(log.info)
+        plan = self.runner.memory_plan()
+        self._emit(
+            CoreReady(
+                protocol_version=PROTOCOL_VERSION,
+                num_pages=kv.num_pages_total,
+                page_size=self._config.cache.page_size,
+                max_model_len=self.runner.max_model_len,
+                vocab_size=self.runner.vocab_size,
+                memory_plan=plan.table(),
+                startup_seconds=time.perf_counter() - started,
+            )
+        )
+
+    def _turn(self) -> None:
+        """One turn of the loop: read messages, start a step if there is one, finish the oldest if it is its time."""
+        self._read_inbox()
+        plan = self.scheduler.schedule() if len(self._in_flight) < self._depth else None
+        if plan is not None:
+            handle = self.runner.dispatch(plan)
+            self._in_flight.append(handle)
+            self._padded_tokens = handle.bucket.num_tokens
+        if self._in_flight and (plan is None or len(self._in_flight) == self._depth):
+            handle = self._in_flight.popleft()
+            updates = self.scheduler.update(handle.plan, self.runner.collect(handle))
+            if updates:
+                self._tell([self._output(update) for update in updates])
+
+    def _read_inbox(self) -> None:
+        idle = not self._in_flight and not self.scheduler.has_unfinished
+        if idle and self._inbox.empty():
+            self.scheduler.check_integrity()
+        while True:
+            try:
+                message = self._inbox.get(timeout=self._wait_seconds() if idle else 0)
+            except queue.Empty:
+                return
+            idle = False
+            self._handle(message)
+
+    def _wait_seconds(self) -> float | None:
+        return None if self._stop_at is None else 0.0
+
+    def _handle(self, message: ToCore) -> None:
+        match message:
+            case CoreRequest():
+                self._add(message)
+            case AbortRequests(request_ids, reason):
+                aborted = self.scheduler.abort(request_ids, reason)
+                if aborted:
+                    self._tell([self._output(RequestUpdate(r, [])) for r in aborted])
+            case CallUtility(call_id, method, args):
+                self._call(call_id, method, args)
+            case Shutdown(drain_seconds):
+                self._stop_at = time.monotonic() + drain_seconds
+
+    def _add(self, message: CoreRequest) -> None:
+        request = Request(
+            request_id=message.request_id,
+            prompt_token_ids=message.prompt_token_ids,
+            sampling=message.sampling,
+            eos_token_ids=frozenset(message.eos_token_ids),
+            priority=message.priority,
+            cache_salt=message.cache_salt,
+            arrival_time=message.arrival_time,
+            seed=message.seed,
+        )
+        try:
+            self.scheduler.add(request)
+        except (QueueFullError, InvalidRequestError) as error:
+            refusal = Refusal.QUEUE_FULL if isinstance(error, QueueFullError) else Refusal.INVALID
+            output = CoreOutput(request.request_id, [], FinishReason.ERROR)
+            output.error, output.refusal = str(error), refusal
+            self._tell([output])
+
+    def _call(self, call_id: int, method: str, args: list[msgspec.Raw]) -> None:
+        utilities: dict[str, Callable[[], object]] = {
+            "reset_prefix_cache": self.scheduler.reset_prefix_cache,
+            "stats": self.stats,
+            "memory_plan": lambda: self.runner.memory_plan().table(),
+            "check_integrity": self._check_integrity,
+        }
+        utility = utilities.get(method)
+        if utility is None or args:
+            self._emit(UtilityResult(call_id, error=f"no utility {method!r} of these arguments"))
+            return
+        self._emit(UtilityResult(call_id, msgspec.Raw(msgspec.msgpack.encode(utility()))))
+
+    def _check_integrity(self) -> bool:
+        self.scheduler.check_integrity()
+        return True
+
+    def _tell(self, outputs: list[CoreOutput]) -> None:
+        self._emit(StepOutputs(outputs, self.stats(), time.time()))
+
+    def _output(self, update: RequestUpdate) -> CoreOutput:
+        request = update.request
+        return CoreOutput(
+            request_id=request.request_id,
+            new_token_ids=update.new_token_ids,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            logprobs=_wire(update.logprobs),
+            prompt_logprobs=_wire(update.prompt_logprobs),
+            num_cached_tokens=max(request.num_cached_tokens, 0),
+            num_preemptions=request.num_preemptions,
+            scheduled_time=request.scheduled_time,
+            first_token_time=request.first_token_time,
+            error="the model's logits are not finite"
+            if request.finish_reason is FinishReason.ERROR
+            else None,
+        )
+
+    def _is_over(self) -> bool:
+        if self._stop_at is None:
+            return False
+        drained = not self._in_flight and not self.scheduler.has_unfinished
+        return drained or time.monotonic() >= self._stop_at
+
+
+def _wire(entries: list[TokenLogprobs] | None) -> list[LogprobsData] | None:
+    if entries is None:
+        return None
+    return [LogprobsData(e.token_ids, e.logprobs, e.rank) for e in entries]

@@ -1,0 +1,72 @@
+"""What one layer stores per token, and which layers share page tables. Pure data: no jax, no ownership.
+
+Layers declare a `KVSpec`; layers with equal specs form a `KVGroup`; a request holds one page table per group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class KVKind(StrEnum):
+    """How a layer's state grows with the tokens of a request."""
+
+    FULL = "full"  # every token keeps its entry
+    SLIDING_WINDOW = "sliding_window"  # only the last `window` tokens are read
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """State of one attention layer: `entry_shape` elements of `dtype` for each token.
+
+    `window` counts the tokens a query may read, itself included (Hugging Face `sliding_window`).
+    """
+
+    kind: KVKind
+    entry_shape: tuple[int, ...]  # (2, K, H) for keys and values
+    dtype: str
+    itemsize: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind is KVKind.SLIDING_WINDOW) != (self.window is not None):
+            raise ValueError("window is given exactly for sliding-window layers")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be >= 1, got {self.window}")
+
+    @property
+    def bytes_per_token(self) -> int:
+        size = self.itemsize
+        for n in self.entry_shape:
+            size *= n
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Layers that share one page table, and one `PagePool` of pages of `page_size` tokens."""
+
+    spec: KVSpec
+    layers: tuple[int, ...]
+    page_size: int
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page over all layers of the group."""
+        return self.spec.bytes_per_token * self.page_size * len(self.layers)
+
+    def max_pages(self, num_tokens: int, max_chunk: int) -> int:
+        """Most pages one request of `num_tokens` holds at once when at most `max_chunk` tokens run in a step."""
+        pages = -(-num_tokens // self.page_size)
+        if self.spec.window is None:
+            return pages
+        live = self.spec.window - 1 + max_chunk
+        return min(pages, -(-live // self.page_size) + 1)
+
+
+def build_groups(specs: Sequence[KVSpec], page_size: int) -> tuple[KVGroup, ...]:
+    """Group the layers of a model by equal spec, in order of first appearance."""
+    layers_of: dict[KVSpec, list[int]] = {}
+    for layer, spec in enumerate(specs):
+        layers_of.setdefault(spec, []).append(layer)
+    return tuple(KVGroup(spec, tuple(layers), page_size) for spec, layers in layers_of.items())

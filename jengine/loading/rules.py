@@ -1,0 +1,229 @@
+"""Which checkpoint tensor fills which parameter, as a table, and the loader that obeys it.
+
+Loading fails, naming the tensor, on a source that no rule matches, a source that is missing, rows of a
+parameter that two sources fill, and a shape that is not what the rule says.
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jengine.errors import LoadError
+from jengine.layers.param import ParamInfo
+from jengine.loading.arrays import aligned_empty, cast_into, numpy_dtype
+from jengine.loading.checkpoint import TensorSource
+
+LAYER = "{i}"  # stands for any layer index in a rule's source and target
+CHUNK_BYTES = (
+    8 << 20
+)  # read at once: large enough for full disk speed, small beside any large tensor
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """`source` fills rows `[offset, offset + shape[0])` of `target`. `{i}` stands for any layer index."""
+
+    source: str
+    target: str
+    shape: tuple[int, ...]  # of the source
+    offset: int = 0
+    transform: Callable[[np.ndarray], np.ndarray] | None = (
+        None  # of the whole source; keeps its shape
+    )
+    optional: bool = (
+        False  # where the source is absent, the target's rows keep their initial ones or zeros
+    )
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """The rules of one family in one naming. Sources that match an `ignored` fnmatch pattern are skipped."""
+
+    rules: tuple[WeightRule, ...]
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fill:
+    """One source, resolved: its name and the rows of a parameter that it fills."""
+
+    source: str
+    target: str
+    start: int
+    stop: int
+    rule: WeightRule
+
+
+def load_parameters(
+    tensors: TensorSource,
+    table: WeightTable,
+    abstract: Mapping[str, ParamInfo],
+    put: Callable[[str, np.ndarray], jax.Array],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, jax.Array]:
+    """Fill every parameter of `abstract`, cast to its dtype (nearest even), one parameter in memory at a time.
+
+    `put` places a finished array and may keep it: it is never written again. `progress(done, total)` counts
+    bytes of parameters.
+    """
+    plan = plan_fills(tensors, table, abstract)
+    total = sum(info.num_bytes for info in abstract.values())
+    done = 0
+    progress(done, total)
+    parameters = {}
+    for path, info in abstract.items():
+        value = aligned_empty(info.shape, numpy_dtype(info.dtype))
+        if info.init != "normal":
+            value[...] = 1 if info.init == "ones" else 0
+        for fill in plan.get(path, ()):
+            _read_into(tensors, fill, value[fill.start : fill.stop])
+        parameters[path] = put(path, value)
+        del value  # else this one would still be alive while the next is allocated
+        done += info.num_bytes
+        progress(done, total)
+    return parameters
+
+
+def plan_fills(
+    tensors: TensorSource, table: WeightTable, abstract: Mapping[str, ParamInfo]
+) -> dict[str, list[Fill]]:
+    """Parameter path -> its fills in order of rows. Reads no tensor data; raises `LoadError` if anything is off."""
+    names = list(tensors.names())
+    plan: dict[str, list[Fill]] = {path: [] for path in abstract}
+    for name, rule, layer in _match(names, table):
+        target = rule.target.replace(LAYER, layer)
+        if target not in abstract:
+            raise LoadError(
+                f"tensor {name!r} would fill parameter {target!r}, which the model does not have"
+            )
+        if tensors.shape(name) != rule.shape:
+            raise LoadError(
+                f"tensor {name!r} has shape {tensors.shape(name)}, expected {rule.shape}"
+            )
+        _check_fits(name, rule, target, abstract[target].shape)
+        plan[target].append(Fill(name, target, rule.offset, rule.offset + rule.shape[0], rule))
+    _check_nothing_missing(set(names), table.rules, abstract)
+    for path, fills in plan.items():
+        fills.sort(key=lambda fill: fill.start)
+        _check_rows(path, fills, abstract[path], table.rules)
+    return plan
+
+
+def _match(names: Iterable[str], table: WeightTable) -> Iterable[tuple[str, WeightRule, str]]:
+    """(source, its only rule, layer index) of every source that is not ignored."""
+    exact: dict[str, list[WeightRule]] = {}
+    patterns: list[tuple[re.Pattern[str], WeightRule]] = []
+    for rule in table.rules:
+        if LAYER in rule.source:
+            pattern = re.escape(rule.source).replace(re.escape(LAYER), r"(0|[1-9]\d*)", 1)
+            patterns.append((re.compile(pattern), rule))
+        else:
+            exact.setdefault(rule.source, []).append(rule)
+    for name in names:
+        found = [(rule, "") for rule in exact.get(name, ())]
+        found += [(rule, m[1]) for pattern, rule in patterns if (m := pattern.fullmatch(name))]
+        if len(found) > 1:
+            raise LoadError(f"tensor {name!r} is matched by {len(found)} rules")
+        if found:
+            rule, layer = found[0]
+            yield name, rule, layer
+        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in table.ignored):
+            raise LoadError(f"tensor {name!r} of the checkpoint is matched by no rule")
+
+
+def _check_fits(name: str, rule: WeightRule, target: str, shape: tuple[int, ...]) -> None:
+    if rule.shape[1:] != shape[1:] or rule.offset + rule.shape[0] > shape[0]:
+        raise LoadError(
+            f"tensor {name!r} of shape {rule.shape} does not fit into rows {rule.offset}: of "
+            f"parameter {target!r} of shape {shape}"
+        )
+
+
+def _check_nothing_missing(
+    names: set[str], rules: Iterable[WeightRule], abstract: Mapping[str, ParamInfo]
+) -> None:
+    for rule in rules:
+        if rule.optional:
+            continue
+        for layer in _layers_of(rule, abstract):
+            source = rule.source.replace(LAYER, layer)
+            if source not in names:
+                target = rule.target.replace(LAYER, layer)
+                raise LoadError(f"tensor {source!r} is missing: parameter {target!r} needs it")
+
+
+def _layers_of(rule: WeightRule, abstract: Mapping[str, ParamInfo]) -> list[str]:
+    """Layer indices (as text) for which the model has the rule's target; [""] for a rule without layers."""
+    if LAYER not in rule.target:
+        return [""] if rule.target in abstract else []
+    before, _, after = rule.target.partition(LAYER)
+    middles = (
+        p[len(before) : len(p) - len(after)]
+        for p in abstract
+        if p.startswith(before) and p.endswith(after)
+    )
+    return [layer for layer in middles if layer.isdecimal()]
+
+
+def _check_rows(
+    path: str, fills: Sequence[Fill], info: ParamInfo, rules: Iterable[WeightRule]
+) -> None:
+    """Every row filled once. Gaps are allowed where the rule is optional and the initial value is a constant."""
+    end = 0
+    for fill in fills:
+        if fill.start < end:
+            before = next(f for f in fills if f is not fill and f.stop > fill.start)
+            raise LoadError(
+                f"rows {fill.start}:{min(end, fill.stop)} of parameter {path!r} are filled twice, by "
+                f"{before.source!r} and by {fill.source!r}"
+            )
+        if fill.start > end:
+            _check_gap(path, end, fill.start, info, rules)
+        end = fill.stop
+    if end < info.shape[0]:
+        _check_gap(path, end, info.shape[0], info, rules)
+
+
+def _check_gap(
+    path: str, start: int, stop: int, info: ParamInfo, rules: Iterable[WeightRule]
+) -> None:
+    may_stay = {
+        row
+        for rule in rules
+        if rule.optional and _pattern_matches(rule.target, path)
+        for row in (rule.offset, rule.offset + rule.shape[0])
+    }
+    if info.init == "normal" or start not in may_stay or stop not in may_stay:
+        raise LoadError(
+            f"no tensor of the checkpoint fills rows {start}:{stop} of parameter {path!r}"
+        )
+
+
+def _pattern_matches(target: str, path: str) -> bool:
+    before, _, after = target.partition(LAYER)
+    if LAYER not in target:
+        return target == path
+    return path.startswith(before) and path.endswith(after)
+
+
+def _read_into(tensors: TensorSource, fill: Fill, out: np.ndarray) -> None:
+    """Read one source into its rows, in chunks where no transform needs all of it at once."""
+    if fill.rule.transform is not None:
+        value = fill.rule.transform(tensors.read(fill.source))
+        if value.shape != fill.rule.shape:
+            raise LoadError(
+                f"the transform of tensor {fill.source!r} changed its shape to {value.shape}"
+            )
+        cast_into(out, value, fill.source)
+        return
+    row_bytes = 4 * int(
+        np.prod(fill.rule.shape[1:], dtype=np.int64)
+    )  # as f32, which dequantising gives
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    for start in range(0, len(out), step):
+        rows = slice(start, min(start + step, len(out)))
+        cast_into(out[rows], tensors.read(fill.source, rows), fill.source)

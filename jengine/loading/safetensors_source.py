@@ -1,0 +1,75 @@
+"""Tensors of a Hugging Face folder: one safetensors file, or several with an index."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jengine.errors import LoadError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")  # bf16 arrives as ml_dtypes.bfloat16
+
+
+class SafetensorsSource:
+    """Reads slices of rows; files are mapped, so only the rows asked for are ever copied."""
+
+    def __init__(self, folder: Path) -> None:
+        self._slices: dict[str, Any] = {}
+        for file, expected in _files(folder).items():
+            for name, part in _open(file).items():
+                if name in self._slices:
+                    raise LoadError(f"tensor {name!r} is in two files of {folder}")
+                if part.get_dtype() not in DTYPES:
+                    raise LoadError(
+                        f"tensor {name!r} has dtype {part.get_dtype()}; supported: {', '.join(DTYPES)}"
+                    )
+                self._slices[name] = part
+            if missing := sorted(expected - self._slices.keys()):
+                raise LoadError(
+                    f"tensor {missing[0]!r} is not in {file.name}, though {INDEX_FILE} says so"
+                )
+
+    def names(self) -> Sequence[str]:
+        return list(self._slices)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slices[name].get_shape())
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        part = self._slices[name]
+        return part[:] if rows is None else part[rows]
+
+
+def has_safetensors(folder: Path) -> bool:
+    return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
+
+
+def _files(folder: Path) -> dict[Path, set[str]]:
+    """Files to open, each with the tensors that the index promises in it."""
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return {folder / SINGLE_FILE: set()}
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        files: dict[Path, set[str]] = {}
+        for tensor, file in weight_map.items():
+            files.setdefault(folder / Path(file).name, set()).add(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(f"{index} is not a valid index: {error!r}") from error
+    return files
+
+
+def _open(file: Path) -> dict[str, Any]:
+    """Name -> lazy slice. The slices keep the file mapped."""
+    try:
+        handle = safe_open(file, framework="np")
+        return {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (not a mapping)
+    except FileNotFoundError:
+        raise LoadError(f"{file} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise LoadError(f"{file} is not a readable safetensors file: {error}") from error

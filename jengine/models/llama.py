@@ -1,0 +1,314 @@
+"""Llama (arXiv:2302.13971, 2407.21783) and the families that differ from it in configuration only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jengine.kv_spec import KVKind, KVSpec
+from jengine.layers.attention import AttentionMetadata, paged_attention
+from jengine.layers.linear import Embedding, Linear, LMHead
+from jengine.layers.norm import RMSNorm
+from jengine.layers.rope import RopeTable, apply_rope, build_rope, rope_cos_sin
+from jengine.loading.rules import WeightRule, WeightTable
+from jengine.models.config_fields import ConfigFields
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The numbers of one model. Field names are Hugging Face's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    attention_out_bias: bool
+    mlp_bias: bool
+    layer_windows: tuple[int | None, ...]
+    rope: RopeTable
+    dtype: str
+    kv_dtype: str
+
+    @classmethod
+    def from_hf(
+        cls, hf: Mapping[str, Any], *, dtype: str, kv_dtype: str, max_model_len: int
+    ) -> Self:
+        """Read a config.json. Raises `LoadError` naming the field that is missing or not supported."""
+        fields = ConfigFields(hf)
+        heads = fields.integer("num_attention_heads")
+        hidden = fields.integer("hidden_size")
+        layers = fields.integer("num_hidden_layers")
+        head_dim = fields.integer("head_dim", default=hidden // heads)
+        max_position = fields.integer("max_position_embeddings", default=2048)
+        theta, scaling = fields.rope()
+        fields.require("hidden_act", ("silu",), default="silu")
+        attention_bias = bool(hf.get("attention_bias", False))
+        return cls(
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=fields.integer("num_key_value_heads", default=heads),
+            head_dim=head_dim,
+            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=max_position,
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            attention_bias=attention_bias,
+            attention_out_bias=attention_bias,
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            layer_windows=fields.layer_windows(layers),
+            rope=build_rope(head_dim, theta, scaling, max_position, max_model_len),
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+        )
+
+
+class LlamaAttention(nnx.Module):
+    """Grouped-query attention with rotary positions; q, k and v come from one fused projection."""
+
+    def __init__(self, cfg: LlamaConfig, layer: int) -> None:
+        self.layer = layer
+        self.heads = cfg.num_attention_heads
+        self.kv_heads = cfg.num_key_value_heads
+        self.head_dim = cfg.head_dim
+        self.kv_dtype = cfg.kv_dtype
+        self.spec = kv_spec(cfg, layer)
+        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = Linear(
+            cfg.hidden_size, rows, ("heads", "embed"), cfg.dtype, bias=cfg.attention_bias
+        )
+        self.o_proj = Linear(
+            self.heads * self.head_dim,
+            cfg.hidden_size,
+            ("embed", "heads"),
+            cfg.dtype,
+            bias=cfg.attention_out_bias,
+        )
+
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        kv_pages: jax.Array,
+        metadata: AttentionMetadata,
+        cos: jax.Array,
+        sin: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        T, N, K, H = x_TD.shape[0], self.heads, self.kv_heads, self.head_dim
+        qkv_TNH = self.qkv_proj(x_TD, metadata.num_tokens).reshape(T, N + 2 * K, H)
+        qk_TNH = apply_rope(qkv_TNH[:, : N + K], cos, sin)
+        out_TNH, kv_pages = paged_attention(
+            qk_TNH[:, :N],
+            qk_TNH[:, N:].astype(self.kv_dtype),
+            qkv_TNH[:, N + K :].astype(self.kv_dtype),
+            kv_pages,
+            metadata,
+            layer=self.layer,
+            spec=self.spec,
+            scale=H**-0.5,
+        )
+        return self.o_proj(out_TNH.reshape(T, N * H), metadata.num_tokens), kv_pages
+
+
+class LlamaMLP(nnx.Module):
+    """SwiGLU (arXiv:2002.05202); gate and up come from one fused projection."""
+
+    def __init__(self, cfg: LlamaConfig) -> None:
+        self.gate_up_proj = Linear(
+            cfg.hidden_size, 2 * cfg.intermediate_size, ("mlp", "embed"), cfg.dtype, bias=cfg.mlp_bias
+        )
+        self.down_proj = Linear(
+            cfg.intermediate_size, cfg.hidden_size, ("embed", "mlp"), cfg.dtype, bias=cfg.mlp_bias
+        )
+
+    def __call__(self, x_TD: jax.Array, metadata: AttentionMetadata) -> jax.Array:
+        gate_up_TF = self.gate_up_proj(x_TD, metadata.num_tokens)
+        gate_TF, up_TF = gate_up_TF[:, : gate_up_TF.shape[1] // 2], gate_up_TF[:, gate_up_TF.shape[1] // 2 :]
+        return self.down_proj(jax.nn.silu(gate_TF) * up_TF, metadata.num_tokens)
+
+
+class LlamaDecoderLayer(nnx.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, cfg: LlamaConfig, layer: int) -> None:
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
+        self.self_attn = LlamaAttention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
+        self.mlp = LlamaMLP(cfg)
+
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        kv_pages: jax.Array,
+        metadata: AttentionMetadata,
+        cos: jax.Array,
+        sin: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        attended_TD, kv_pages = self.self_attn(
+            self.input_layernorm(x_TD), kv_pages, metadata, cos, sin
+        )
+        x_TD = x_TD + attended_TD
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD), metadata), kv_pages
+
+
+class LlamaForCausalLM(nnx.Module):
+    """Decoder-only language model. `__call__` maps packed tokens to final hidden states; `head` gives logits."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, cfg: LlamaConfig) -> None:
+        self.cfg = cfg
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, cfg.dtype)
+        self.layers = nnx.List(
+            [LlamaDecoderLayer(cfg, layer) for layer in range(cfg.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
+        self.lm_head = (
+            None
+            if cfg.tie_word_embeddings
+            else LMHead(cfg.vocab_size, cfg.hidden_size, cfg.dtype)
+        )
+
+    def __call__(
+        self, token_ids_T: jax.Array, kv: Sequence[jax.Array], metadata: AttentionMetadata
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns (hidden [T, D] after the last norm, kv). `kv` holds one page array per layer and is consumed."""
+        cos, sin = rope_cos_sin(self.cfg.rope, metadata.positions)
+        x_TD = self.embed_tokens(token_ids_T)
+        new_kv = []
+        for layer, kv_pages in zip(self.layers, kv, strict=True):
+            x_TD, kv_pages = layer(x_TD, kv_pages, metadata, cos, sin)
+            new_kv.append(kv_pages)
+        return self.norm(x_TD), tuple(new_kv)
+
+    @property
+    def head(self) -> jax.Array:
+        """Output embedding [V, D]."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+
+    @staticmethod
+    def kv_specs(cfg: LlamaConfig) -> tuple[KVSpec, ...]:
+        return tuple(kv_spec(cfg, layer) for layer in range(cfg.num_hidden_layers))
+
+    @staticmethod
+    def weight_table(cfg: LlamaConfig, dialect: str) -> WeightTable:
+        return gguf_weights(cfg) if dialect == "gguf" else hf_weights(cfg)
+
+
+def kv_spec(cfg: LlamaConfig, layer: int) -> KVSpec:
+    window = cfg.layer_windows[layer]
+    return KVSpec(
+        KVKind.FULL if window is None else KVKind.SLIDING_WINDOW,
+        (2, cfg.num_key_value_heads, cfg.head_dim),
+        cfg.kv_dtype,
+        np.dtype(jax.numpy.dtype(cfg.kv_dtype)).itemsize,
+        window,
+    )
+
+
+def hf_weights(cfg: LlamaConfig) -> WeightTable:
+    """Hugging Face tensor names."""
+    attn, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
+    return _weights(
+        cfg,
+        embed="model.embed_tokens",
+        norm="model.norm",
+        head="lm_head",
+        layer={
+            "input_layernorm": "model.layers.{i}.input_layernorm",
+            "post_attention_layernorm": "model.layers.{i}.post_attention_layernorm",
+            "q": attn + "q_proj",
+            "k": attn + "k_proj",
+            "v": attn + "v_proj",
+            "o": attn + "o_proj",
+            "gate": mlp + "gate_proj",
+            "up": mlp + "up_proj",
+            "down": mlp + "down_proj",
+        },
+        rotary_transform=lambda heads: None,
+        ignored=("*.rotary_emb.inv_freq",),
+    )
+
+
+def gguf_weights(cfg: LlamaConfig) -> WeightTable:
+    """GGUF tensor names. llama.cpp stores the rows of q and k with each rotary pair side by side."""
+
+    def undo_pairs(heads: int) -> Any:
+        def transform(rows: np.ndarray) -> np.ndarray:
+            paired = rows.reshape(heads, cfg.head_dim // 2, 2, *rows.shape[1:])
+            return paired.swapaxes(1, 2).reshape(rows.shape)
+
+        return transform
+
+    return _weights(
+        cfg,
+        embed="token_embd",
+        norm="output_norm",
+        head="output",
+        layer={
+            "input_layernorm": "blk.{i}.attn_norm",
+            "post_attention_layernorm": "blk.{i}.ffn_norm",
+            "q": "blk.{i}.attn_q",
+            "k": "blk.{i}.attn_k",
+            "v": "blk.{i}.attn_v",
+            "o": "blk.{i}.attn_output",
+            "gate": "blk.{i}.ffn_gate",
+            "up": "blk.{i}.ffn_up",
+            "down": "blk.{i}.ffn_down",
+        },
+        rotary_transform=undo_pairs,
+        ignored=("rope_freqs.weight",),
+    )
+
+
+def _weights(
+    cfg: LlamaConfig,
+    *,
+    embed: str,
+    norm: str,
+    head: str,
+    layer: Mapping[str, str],
+    rotary_transform: Any,
+    ignored: tuple[str, ...],
+) -> WeightTable:
+    D, F, H = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
+    NH, KH = cfg.num_attention_heads * H, cfg.num_key_value_heads * H
+    undo_q = rotary_transform(cfg.num_attention_heads)
+    undo_k = rotary_transform(cfg.num_key_value_heads)
+    attn, mlp = "layers.{i}.self_attn.", "layers.{i}.mlp."
+    fused = [  # (source, target, rows, columns, first row, transform, has a bias)
+        (layer["q"], attn + "qkv_proj", NH, D, 0, undo_q, cfg.attention_bias),
+        (layer["k"], attn + "qkv_proj", KH, D, NH, undo_k, cfg.attention_bias),
+        (layer["v"], attn + "qkv_proj", KH, D, NH + KH, None, cfg.attention_bias),
+        (layer["o"], attn + "o_proj", D, NH, 0, None, cfg.attention_out_bias),
+        (layer["gate"], mlp + "gate_up_proj", F, D, 0, None, cfg.mlp_bias),
+        (layer["up"], mlp + "gate_up_proj", F, D, F, None, cfg.mlp_bias),
+        (layer["down"], mlp + "down_proj", D, F, 0, None, cfg.mlp_bias),
+    ]
+    rules = [
+        WeightRule(embed + ".weight", "embed_tokens.weight", (cfg.vocab_size, D)),
+        WeightRule(norm + ".weight", "norm.weight", (D,)),
+    ]
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        rules.append(WeightRule(layer[name] + ".weight", f"layers.{{i}}.{name}.weight", (D,)))
+    for source, target, rows, columns, offset, transform, has_bias in fused:
+        rules.append(
+            WeightRule(source + ".weight", target + ".weight", (rows, columns), offset, transform)
+        )
+        if has_bias:
+            rules.append(WeightRule(source + ".bias", target + ".bias", (rows,), offset, transform))
+    if cfg.tie_word_embeddings:  # some files repeat the tied matrix
+        ignored = (*ignored, head + ".weight")
+    else:
+        rules.append(WeightRule(head + ".weight", "lm_head.weight", (cfg.vocab_size, D)))
+    return WeightTable(tuple(rules), ignored)

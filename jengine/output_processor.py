@@ -1,0 +1,303 @@
+"""From the core's tokens to the user's text: detokenising, stop strings, logprobs, and n completions in one stream.
+
+`OutputProcessor` keeps one `RequestState` for each request in flight. Nothing is queued for a reader: the state grows
+with each step, and `RequestState.take` builds an output of what is new when the reader comes for it. A slow reader
+therefore gets fewer, larger outputs, loses nothing, and costs no memory beyond the tokens themselves.
+"""
+
+from collections.abc import Callable, Sequence
+
+from jengine.errors import DuplicateRequestError, JengineError, QueueFullError
+from jengine.input_processor import PreparedRequest
+from jengine.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput, RequestTimings
+from jengine.protocol import CoreOutput, LogprobsData, StepOutputs
+from jengine.request import FinishReason, RequestOutputKind, SamplingParams
+from jengine.text.detokenizer import IncrementalDetokenizer
+from jengine.text.tokenizer import Tokenizer
+
+QUEUE_FULL = "queue_full:"  # how `CoreOutput.error` begins when the bounded waiting queue refused a request
+
+
+class OutputProcessor:
+    """All requests in flight. Owned by one thread (the event loop, or the caller of `LLM`)."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._requests: dict[str, RequestState] = {}
+        self._completions: dict[str, tuple[RequestState, CompletionState]] = {}  # by the core's request id
+
+    @property
+    def requests(self) -> "dict[str, RequestState]":
+        """Unfinished requests by id. Do not write."""
+        return self._requests
+
+    def add(self, prepared: PreparedRequest) -> "RequestState":
+        """Start to follow a request. Raises `DuplicateRequestError` if its id is in flight."""
+        if prepared.request_id in self._requests:
+            raise DuplicateRequestError(f"request_id {prepared.request_id!r} is in flight")
+        state = RequestState(prepared, self._tokenizer)
+        self._requests[prepared.request_id] = state
+        for core_id, completion in zip(state.core_ids, state.completions, strict=True):
+            self._completions[core_id] = state, completion
+        return state
+
+    def process(self, message: StepOutputs) -> "tuple[list[RequestState], list[str]]":
+        """Take in one step. Returns the requests that changed, and the core's ids that a stop string has ended."""
+        changed: dict[str, RequestState] = {}
+        stopped: list[str] = []
+        for output in message.outputs:
+            found = self._completions.get(output.request_id)
+            if found is None:
+                continue  # ended here already; the core was a step ahead
+            state, completion = found
+            state.note_progress(output, completion.index, message.timestamp)
+            if output.error is not None and output.error.startswith(QUEUE_FULL):
+                state.error = QueueFullError(output.error.removeprefix(QUEUE_FULL).strip())
+                stopped += self.finish(state.request_id, FinishReason.ERROR)
+            else:
+                completion.extend(output)
+            if completion.is_finished:
+                self._completions.pop(output.request_id, None)
+                if output.finish_reason is None:
+                    stopped.append(output.request_id)
+                if state.is_finished:
+                    state.timings.finished_time = message.timestamp
+                    self._requests.pop(state.request_id, None)
+            changed[state.request_id] = state
+        return list(changed.values()), stopped
+
+    def finish(self, request_id: str, reason: FinishReason) -> list[str]:
+        """End a request here and now. Returns the ids that the core still works on; none if it is unknown."""
+        state = self._requests.pop(request_id, None)
+        if state is None:
+            return []
+        running: list[str] = []
+        for core_id, completion in zip(state.core_ids, state.completions, strict=True):
+            if not completion.is_finished:
+                running.append(core_id)
+                self._completions.pop(core_id)
+                completion.finish(reason, None)
+        return running
+
+
+class RequestState:
+    """One request: its completions, and what belongs to the prompt. `error`, if set, is to be raised to the reader."""
+
+    def __init__(self, prepared: PreparedRequest, tokenizer: Tokenizer | None) -> None:
+        self.request_id = prepared.request_id
+        self.core_ids = [child.request_id for child in prepared.children]
+        self.sampling = prepared.sampling
+        self.timings = RequestTimings(arrival_time=prepared.arrival_time)
+        self.error: JengineError | None = None
+        self._prompt = prepared.prompt
+        self._prompt_token_ids = prepared.prompt_token_ids
+        self._decode = tokenizer.id_to_token if tokenizer is not None else _no_text
+        self._num_cached_tokens: int | None = None
+        self._prompt_logprobs: list[PositionLogprobs | None] | None = None
+        if prepared.sampling.prompt_logprobs is not None:
+            self._prompt_logprobs = [None]  # nothing predicts the first token
+        self.completions = [CompletionState(index, prepared, tokenizer) for index in range(len(self.core_ids))]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(completion.is_finished for completion in self.completions)
+
+    def note_progress(self, output: CoreOutput, index: int, timestamp: float) -> None:
+        """What a step says about the request as a whole. Times are the first, or the last, over its completions."""
+        timings = self.timings
+        if index == 0:  # later completions find the prompt in the prefix cache, put there by the first
+            self._num_cached_tokens = output.num_cached_tokens
+        if timings.scheduled_time is None:
+            timings.scheduled_time = output.scheduled_time
+        if output.new_token_ids:
+            timings.last_token_time = timestamp
+            if timings.first_token_time is None:
+                timings.first_token_time = output.first_token_time or timestamp
+        timings.num_preemptions = max(timings.num_preemptions, output.num_preemptions)
+        if output.prompt_logprobs and self._prompt_logprobs is not None:
+            self._prompt_logprobs += [build_position_logprobs(data, self._decode) for data in output.prompt_logprobs]
+
+    def take(self) -> RequestOutput | None:
+        """An output of what is new since the last call, in the request's output kind; None if nothing is."""
+        kind = self.sampling.output_kind
+        is_finished = self.is_finished
+        if kind is RequestOutputKind.FINAL_ONLY and not is_finished:
+            return None
+        fresh = [completion for completion in self.completions if completion.has_news]
+        if not fresh:
+            return None
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self._prompt_token_ids,
+            prompt_logprobs=self._take_prompt_logprobs(kind, is_finished),
+            outputs=[completion.take(kind) for completion in fresh],
+            finished=is_finished,
+            metrics=self.timings,
+            num_cached_tokens=self._num_cached_tokens,
+        )
+
+    def _take_prompt_logprobs(
+        self, kind: RequestOutputKind, is_finished: bool
+    ) -> list[PositionLogprobs | None] | None:
+        """In a DELTA stream once, when complete: a sibling's first token may come before the last chunk of them."""
+        prompt_logprobs = self._prompt_logprobs
+        if kind is not RequestOutputKind.DELTA or prompt_logprobs is None:
+            return prompt_logprobs
+        if len(prompt_logprobs) < len(self._prompt_token_ids) and not is_finished:
+            return None
+        self._prompt_logprobs = None
+        return prompt_logprobs
+
+
+class CompletionState:
+    """One completion: its tokens, its text, and how much of both the reader has seen."""
+
+    def __init__(self, index: int, prepared: PreparedRequest, tokenizer: Tokenizer | None) -> None:
+        sampling = prepared.sampling
+        self.index = index
+        self.has_news = False
+        self._sampling = sampling
+        self._token_ids: list[int] = []
+        self._logprobs: list[PositionLogprobs] | None = None if sampling.logprobs is None else []
+        self._cumulative_logprob: float | None = None if sampling.logprobs is None else 0.0
+        self._finish_reason: FinishReason | None = None
+        self._stop_reason: int | str | None = None
+        self._num_tokens_taken = 0
+        self._num_chars_taken = 0
+        self._text = ""
+        self._num_held_back = 0  # characters at the end of `_text` that may turn out to begin a stop string
+        self._decode = tokenizer.id_to_token if tokenizer is not None else _no_text
+        self._detokenizer: IncrementalDetokenizer | None = None
+        if tokenizer is not None and sampling.detokenize:
+            self._detokenizer = IncrementalDetokenizer(
+                tokenizer,
+                prepared.prompt_token_ids,
+                skip_special_tokens=sampling.skip_special_tokens,
+                spaces_between_special_tokens=sampling.spaces_between_special_tokens,
+            )
+        self._stops = StopStrings(sampling)
+
+    @property
+    def is_finished(self) -> bool:
+        return self._finish_reason is not None
+
+    def extend(self, output: CoreOutput) -> None:
+        """Append a step's tokens. A stop string found in their text ends the completion at the token it ends in."""
+        for i, token_id in enumerate(output.new_token_ids):
+            self._token_ids.append(token_id)
+            if output.logprobs is not None and self._logprobs is not None:
+                data = output.logprobs[i]
+                self._logprobs.append(build_position_logprobs(data, self._decode))
+                self._cumulative_logprob = (self._cumulative_logprob or 0.0) + data.logprobs[0]
+            is_stop_token = output.finish_reason is FinishReason.STOP and i == len(output.new_token_ids) - 1
+            # A token that stops is part of token_ids, but of the text only if the user wants it there.
+            if self._detokenizer is None or (is_stop_token and not self._sampling.include_stop_str_in_output):
+                continue
+            if self._add_text(self._detokenizer.add([token_id])):
+                return
+        self.has_news |= bool(output.new_token_ids)
+        if output.finish_reason is not None:
+            self.finish(output.finish_reason, output.stop_reason if output.error is None else output.error)
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None) -> None:
+        """End the completion. Bytes that the detokeniser holds back become text, and may complete a stop string."""
+        if self._detokenizer is not None and self._add_text(self._detokenizer.finish()):
+            return
+        self._finish_reason, self._stop_reason = reason, stop_reason
+        self._num_held_back = 0
+        self.has_news = True
+
+    def take(self, kind: RequestOutputKind) -> CompletionOutput:
+        self.has_news = False
+        visible = len(self._text) - self._num_held_back
+        if kind is RequestOutputKind.DELTA:
+            text = self._text[self._num_chars_taken : visible]
+            token_ids = self._token_ids[self._num_tokens_taken :]
+            logprobs, self._logprobs = self._logprobs, None if self._logprobs is None else []
+        else:
+            text = self._text[:visible]
+            token_ids = self._token_ids.copy()
+            logprobs = None if self._logprobs is None else self._logprobs.copy()
+        self._num_chars_taken, self._num_tokens_taken = visible, len(self._token_ids)
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=token_ids,
+            cumulative_logprob=self._cumulative_logprob,
+            logprobs=logprobs,
+            finish_reason=None if self._finish_reason is None else self._finish_reason.value,
+            stop_reason=self._stop_reason,
+        )
+
+    def _add_text(self, text: str) -> bool:
+        """Append text and look for stop strings in it. Returns whether one ended the completion."""
+        if not text:
+            return False
+        self._text += text
+        if not self._stops:
+            return False
+        # A stop string counts if it ends after min_tokens; it may have begun before.
+        is_counted = len(self._token_ids) > self._sampling.min_tokens
+        if is_counted and (match := self._stops.find(self._text, num_new=len(text))) is not None:
+            stop, end = match
+            self._text = self._text[:end]
+            self._finish_reason, self._stop_reason = FinishReason.STOP, stop
+            self._num_held_back = 0
+            self.has_news = True
+            return True
+        self._num_held_back = self._stops.num_to_hold_back(self._text)
+        return False
+
+
+class StopStrings:
+    """The stop strings of a request, searched for in text that grows."""
+
+    def __init__(self, sampling: SamplingParams) -> None:
+        self._stops = sampling.stop_strings
+        self._is_included = sampling.include_stop_str_in_output
+        self._longest = max(map(len, self._stops), default=0)
+
+    def __bool__(self) -> bool:
+        return bool(self._stops)
+
+    def find(self, text: str, num_new: int) -> tuple[str, int] | None:
+        """The first stop string that ends in the last `num_new` characters, and where the text is to be cut."""
+        best: tuple[int, str] | None = None
+        for stop in self._stops:
+            begin = text.find(stop, max(0, len(text) - num_new - len(stop) + 1))
+            if begin >= 0 and (best is None or begin < best[0]):
+                best = begin, stop
+        if best is None:
+            return None
+        begin, stop = best
+        return stop, begin + len(stop) if self._is_included else begin
+
+    def num_to_hold_back(self, text: str) -> int:
+        """Characters at the end of `text` that a stop string may begin with, so that they cannot be shown yet."""
+        if self._is_included:
+            return 0
+        for count in range(min(self._longest - 1, len(text)), 0, -1):
+            tail = text[-count:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return count
+        return 0
+
+
+def build_position_logprobs(data: LogprobsData, decode: Callable[[int], str | None]) -> PositionLogprobs:
+    """The chosen token first, then the best k; the chosen one is not repeated if it is among them."""
+    chosen = data.token_ids[0]
+    result: PositionLogprobs = {chosen: Logprob(data.logprobs[0], data.rank, decode(chosen))}
+    for rank, (token_id, logprob) in enumerate(_best(data), start=1):
+        if token_id != chosen:
+            result[token_id] = Logprob(logprob, rank, decode(token_id))
+    return result
+
+
+def _best(data: LogprobsData) -> "zip[tuple[int, float]]":
+    best_ids: Sequence[int] = data.token_ids[1:]
+    return zip(best_ids, data.logprobs[1:], strict=True)
+
+
+def _no_text(token_id: int) -> None:
+    """Decoder of an engine that has no tokenizer."""

@@ -1,0 +1,240 @@
+"""What a client asks for, and a request through its life on the host."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from jengine.errors import InvalidRequestError
+
+MAX_N = 128
+MAX_BANNED_IDS = 128  # stop ids held back by min_tokens plus last tokens of bad words, per request
+SAMPLING_EPS = 1e-5
+
+
+class RequestOutputKind(StrEnum):
+    """What each `RequestOutput` of a stream carries (vLLM)."""
+
+    CUMULATIVE = "cumulative"
+    DELTA = "delta"
+    FINAL_ONLY = "final_only"
+
+
+class SamplingParams(msgspec.Struct, kw_only=True):
+    """How tokens are chosen, with vLLM's names, defaults and bounds (`SamplingParams` of vLLM 0.22).
+
+    `temperature` below 1e-5 is greedy. `top_k` 0 or -1 keeps all. `logprobs` / `prompt_logprobs`: None off,
+    k >= 0 the best k (and always the chosen token), -1 the whole vocabulary. `seed` None draws a random seed.
+    `max_tokens` None means up to the model's length.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
+    skip_reading_prefix_cache: bool | None = None
+    bad_word_ids: list[list[int]] | None = None  # filled by the front end from `bad_words`
+
+    def __post_init__(self) -> None:
+        if self.seed == -1:
+            self.seed = None
+        if self.top_k == -1:
+            self.top_k = 0
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        if 0.0 < self.temperature < SAMPLING_EPS:
+            self.temperature = 0.0
+        self._check()
+
+    def _check(self) -> None:
+        def need(ok: bool, name: str, message: str) -> None:
+            if not ok:
+                raise InvalidRequestError(name, message)
+
+        need(1 <= self.n <= MAX_N, "n", f"must be between 1 and {MAX_N}, got {self.n}")
+        need(
+            self.n == 1 or not self.is_greedy,
+            "n",
+            f"must be 1 with greedy sampling (temperature 0), got {self.n}",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            need(-2.0 <= value <= 2.0, name, f"must be in [-2, 2], got {value}")
+        need(
+            0.0 < self.repetition_penalty < float("inf"),
+            "repetition_penalty",
+            f"must be > 0 and finite, got {self.repetition_penalty}",
+        )
+        need(
+            0.0 <= self.temperature < float("inf"),
+            "temperature",
+            f"must be >= 0 and finite, got {self.temperature}",
+        )
+        need(0.0 < self.top_p <= 1.0, "top_p", f"must be in (0, 1], got {self.top_p}")
+        need(0 <= self.top_k < 2**31, "top_k", f"must be -1, 0 or a positive number, got {self.top_k}")
+        need(0.0 <= self.min_p <= 1.0, "min_p", f"must be in [0, 1], got {self.min_p}")
+        need(
+            self.seed is None or -(2**63) <= self.seed < 2**63,
+            "seed",
+            "must fit in a signed 64-bit integer",
+        )
+        need(
+            self.max_tokens is None or self.max_tokens >= 1,
+            "max_tokens",
+            f"must be at least 1, got {self.max_tokens}",
+        )
+        need(self.min_tokens >= 0, "min_tokens", f"must be at least 0, got {self.min_tokens}")
+        need(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}",
+        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            need(value is None or value >= -1, name, f"must be -1 (whole vocabulary) or >= 0, got {value}")
+        need(
+            self.truncate_prompt_tokens is None or self.truncate_prompt_tokens >= -1,
+            "truncate_prompt_tokens",
+            "must be -1 (the model's length) or >= 1",
+        )
+        need(
+            self.truncate_prompt_tokens != 0, "truncate_prompt_tokens", "must be -1 (the model's length) or >= 1"
+        )
+        need(all(self.stop or [""][:0]), "stop", "must not hold an empty string")
+        need(not self.stop or self.detokenize, "stop", "needs detokenize=True")
+        need(all(self.bad_words or ()), "bad_words", "must not hold an empty string")
+        need(self.allowed_token_ids != [], "allowed_token_ids", "must not be empty")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < SAMPLING_EPS
+
+    @property
+    def stop_strings(self) -> list[str]:
+        stop = self.stop
+        return [stop] if isinstance(stop, str) else list(stop or ())
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """Prompt logprobs need every prompt position computed, so they skip cached pages by default."""
+        if self.skip_reading_prefix_cache is not None:
+            return not self.skip_reading_prefix_cache
+        return self.prompt_logprobs is None
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    @property
+    def needs_host_tokens(self) -> bool:
+        """Whether planning the next token needs the previous one on the host (then no step is planned ahead)."""
+        return bool(self.bad_word_ids)
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raise `InvalidRequestError` if a field names a token id outside `[0, vocab_size)`."""
+        fields: dict[str, Sequence[int]] = {
+            "stop_token_ids": self.stop_token_ids or (),
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "logit_bias": tuple(self.logit_bias or ()),
+        }
+        for name, ids in fields.items():
+            for token_id in ids:
+                if not 0 <= token_id < vocab_size:
+                    raise InvalidRequestError(name, f"token id {token_id} is outside the vocabulary [0, {vocab_size})")
+
+    def clone(self, **changes: Any) -> "SamplingParams":
+        return msgspec.structs.replace(self, **changes)
+
+
+class RequestStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence of tokens being completed. Owned and written by `Scheduler`; others read.
+
+    `num_computed_tokens` counts tokens whose forward pass has been dispatched. `num_pending_tokens` counts
+    sampled tokens that are still on the device: they follow `token_ids` but their ids are not known here yet.
+    The scheduler only ever makes `num_computed_tokens` catch up with `num_tokens + num_pending_tokens`.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    cache_salt: str = ""
+    arrival_time: float = field(default_factory=time.time)
+
+    status: RequestStatus = RequestStatus.WAITING
+    token_ids: list[int] = field(default_factory=list)  # prompt + output, known on the host
+    num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    num_cached_tokens: int = -1  # prompt tokens served by the prefix cache at first admission; -1 before
+    num_preemptions: int = 0
+    row: int = -1  # row of the device's per-request state while RUNNING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    scheduled_time: float | None = None  # first admission
+    first_token_time: float | None = None
+    finish_time: float | None = None
+    seed: int = 0  # effective seed, 64 bits; never None
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[len(self.prompt_token_ids) :]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED

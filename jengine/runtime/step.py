@@ -1,0 +1,131 @@
+"""The pure step function: embedding, layers, logits, sampling and log-probabilities in one program."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jengine.kv_spec import KVGroup
+from jengine.layers.attention import AttentionMetadata, slot_mapping
+from jengine.layers.linear import logits as head_logits
+from jengine.layers.sampling import (
+    Logprobs,
+    RowState,
+    SamplingInputs,
+    count_sampled,
+    logprobs,
+    sample,
+)
+from jengine.runtime.batch import BatchLayout, DeviceBatch, unpack_batch
+
+KV = tuple[jax.Array, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """What stays on the device until it is asked for. `sampled` is copied to the host after every step."""
+
+    sampled: jax.Array  # i32[2, S]: token ids; 1 where the row's logits are finite
+    logprobs: Logprobs
+    logits: jax.Array  # f32[S, V], raw
+    hidden: jax.Array  # [T, D] after the last norm
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """Everything static about a step but its bucket."""
+
+    graphdef: Any  # nnx.GraphDef of the model
+    params_treedef: Any
+    groups: tuple[KVGroup, ...]
+    num_logprobs: int
+
+    @property
+    def group_of_layer(self) -> tuple[int, ...]:
+        owner = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
+        return tuple(owner[layer] for layer in range(len(owner)))
+
+    def model(self, params: Sequence[jax.Array]) -> Any:
+        """The module over these leaves. Merging happens while tracing only."""
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.params_treedef, list(params)))
+
+
+def build_step(
+    spec: StepSpec, layout: BatchLayout
+) -> Callable[..., tuple[KV, RowState, StepOutput]]:
+    """The step for one bucket: `step(params, kv, rows, packed) -> (kv, rows, StepOutput)`; donates kv and rows."""
+
+    def step(
+        params: tuple[jax.Array, ...], kv: KV, rows: RowState, packed: jax.Array
+    ) -> tuple[KV, RowState, StepOutput]:
+        batch = unpack_batch(packed, layout)
+        model = spec.model(params)
+        token_ids_T = _resolve_pending(batch, rows)
+        hidden_TD, kv = model(token_ids_T, kv, attention_metadata(spec, layout, batch))
+        logits_SV = head_logits(hidden_TD[batch.last_token_index], model.head, batch.num_seqs)
+        ids_S, is_finite_S = sample(logits_SV, rows, batch.sampling)
+        output = StepOutput(
+            sampled=jnp.stack([ids_S, is_finite_S.astype(jnp.int32)]),
+            logprobs=logprobs(logits_SV, ids_S, spec.num_logprobs, batch.sampling.any_logprobs),
+            logits=logits_SV,
+            hidden=hidden_TD,
+        )
+        return kv, count_sampled(rows, batch.sampling, ids_S, batch.samples), output
+
+    return step
+
+
+def attention_metadata(
+    spec: StepSpec, layout: BatchLayout, batch: DeviceBatch
+) -> AttentionMetadata:
+    page_size = spec.groups[0].page_size
+    slots = tuple(
+        slot_mapping(table, batch.seq_ids, batch.positions, batch.num_tokens, page_size)
+        for table in batch.page_tables
+    )
+    return AttentionMetadata(
+        positions=batch.positions,
+        cu_q_lens=batch.cu_q_lens,
+        kv_lens=batch.kv_lens,
+        num_tokens=batch.num_tokens,
+        num_seqs=batch.num_seqs,
+        page_tables=batch.page_tables,
+        slots=slots,
+        group_of_layer=spec.group_of_layer,
+    )
+
+
+def build_score(spec: StepSpec) -> Callable[..., tuple[Logprobs, jax.Array]]:
+    """`score(params, hidden [R, D], targets i32[R]) -> (Logprobs, logits f32[R, V])`: prompt log-probabilities."""
+
+    def score(
+        params: tuple[jax.Array, ...], hidden_RD: jax.Array, targets_R: jax.Array
+    ) -> tuple[Logprobs, jax.Array]:
+        num_rows = jnp.int32(targets_R.shape[0])
+        logits_RV = head_logits(hidden_RD, spec.model(params).head, num_rows)
+        return logprobs(logits_RV, targets_R, spec.num_logprobs, jnp.bool_(True)), logits_RV
+
+    return score
+
+
+def set_row(
+    rows: RowState, row: jax.Array, counts_V: jax.Array, prompt_V: jax.Array, bias_V: jax.Array
+) -> RowState:
+    """Set the per-request tables of one row on admission. Donates `rows`."""
+    return dataclasses.replace(
+        rows,
+        output_counts=rows.output_counts.at[row].set(counts_V),
+        prompt_mask=rows.prompt_mask.at[row].set(prompt_V),
+        bias=rows.bias.at[row].set(bias_V),
+    )
+
+
+def _resolve_pending(batch: DeviceBatch, rows: RowState) -> jax.Array:
+    """Token ids, with those that never left the device read from the row state."""
+    row_T = batch.sampling.rows[batch.seq_ids]
+    newest_T = rows.last_token.at[row_T].get(mode="clip")
+    return jnp.where(batch.token_ids < 0, newest_T, batch.token_ids)

@@ -1,0 +1,73 @@
+"""Paged attention as a layer sees it: write the new keys and values, then read the context through the page table."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jengine.kv_spec import KVSpec
+from jengine.pallas_kernels.kv_write.api import kv_write
+from jengine.pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMetadata:
+    """Where the packed tokens of a step belong. One page table and one slot mapping per KV group."""
+
+    positions: jax.Array  # i32[T]
+    cu_q_lens: jax.Array  # i32[S+1]; sequence s owns tokens cu_q_lens[s]:cu_q_lens[s+1]
+    kv_lens: jax.Array  # i32[S]; context length after this step
+    num_tokens: jax.Array  # i32[]; real tokens, the rest is padding
+    num_seqs: jax.Array  # i32[]
+    page_tables: tuple[jax.Array, ...]  # per group, i32[S, pages_per_seq]
+    slots: tuple[jax.Array, ...]  # per group, i32[T]; negative: nowhere
+    group_of_layer: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def paged_attention(
+    q_TNH: jax.Array,
+    k_TKH: jax.Array,
+    v_TKH: jax.Array,
+    kv_pages: jax.Array,
+    metadata: AttentionMetadata,
+    *,
+    layer: int,
+    spec: KVSpec,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks_N: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of the step's tokens over their contexts, new tokens included.
+
+    `kv_pages` is [P, B, 2, K, H] and is consumed: the caller keeps only the returned array, which aliases it.
+    Returns (out [T, N, H], kv_pages).
+    """
+    group = metadata.group_of_layer[layer]
+    kv_pages = kv_write(kv_pages, k_TKH, v_TKH, metadata.slots[group], metadata.num_tokens)
+    out = ragged_paged_attention(
+        q_TNH,
+        kv_pages,
+        metadata.page_tables[group],
+        metadata.cu_q_lens,
+        metadata.kv_lens,
+        metadata.num_seqs,
+        scale=scale,
+        window=spec.window,
+        soft_cap=soft_cap,
+        sinks_N=sinks_N,
+    )
+    return out, kv_pages
+
+
+def slot_mapping(
+    page_table_SM: jax.Array,
+    seq_ids_T: jax.Array,
+    positions_T: jax.Array,
+    num_tokens: jax.Array,
+    page_size: int,
+) -> jax.Array:
+    """i32[T]: slot = page_id * page_size + offset of each new token, -1 for padding."""
+    pages = page_table_SM[seq_ids_T, positions_T // page_size]
+    is_real = jnp.arange(positions_T.shape[0], dtype=jnp.int32) < num_tokens
+    return jnp.where(is_real, pages * page_size + positions_T % page_size, -1)

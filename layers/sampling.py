@@ -1,0 +1,207 @@
+"""Choosing tokens inside the step: no sort, and no random state.
+
+Every draw is keyed by (request seed, position), so that the same request gives the same token in any batch. The
+order of operations is vLLM's: banned and biased logits, penalties, temperature, min_p, top_k, top_p, draw.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jengine.pallas_kernels.argmax_rows.api import argmax_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowState:
+    """Per-request state on the device, one row per running request; row R (out of range) is nobody's.
+
+    `output_counts`, `prompt_mask` and `bias` are set on admission, and only for requests that use penalties,
+    logit_bias or allowed_token_ids.
+    """
+
+    last_token: jax.Array  # i32[R]; the newest sampled token
+    output_counts: jax.Array  # i32[R, V]
+    prompt_mask: jax.Array  # bool[R, V]
+    bias: jax.Array  # f32[R, V]; logit_bias, and -inf outside allowed_token_ids
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingInputs:
+    """What the sampler needs of each sequence. The `any_*` flags skip work that no row asks for."""
+
+    rows: jax.Array  # i32[S]; row of RowState, R for padding
+    adjusted_rows: jax.Array  # i32[S]; the same for rows with penalties or bias, else R
+    temperature: jax.Array  # f32[S]; 0 = greedy
+    top_k: jax.Array  # i32[S]; 0 = all
+    top_p: jax.Array  # f32[S]
+    min_p: jax.Array  # f32[S]
+    presence: jax.Array  # f32[S]
+    frequency: jax.Array  # f32[S]
+    repetition: jax.Array  # f32[S]
+    seeds: jax.Array  # u32[S, 2]
+    positions: jax.Array  # i32[S]; index of the token being chosen
+    banned: jax.Array  # i32[S, MAX_BANNED_IDS]; V = no entry
+    any_special: jax.Array  # bool[]; some row is not plain greedy
+    any_adjusted: jax.Array  # bool[]
+    any_truncated: jax.Array  # bool[]; some row uses min_p, top_k or top_p
+    any_logprobs: jax.Array  # bool[]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """Raw log-probabilities: of the chosen token, its rank (1 = best), and the best K."""
+
+    chosen: jax.Array  # f32[S]
+    rank: jax.Array  # i32[S]
+    top_ids: jax.Array  # i32[S, K]
+    top_values: jax.Array  # f32[S, K]
+
+
+def sample(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> tuple[jax.Array, jax.Array]:
+    """Returns (token ids i32[S], is_finite bool[S]). A row without one finite maximum is not finite."""
+    best_S = argmax_rows(logits_SV)
+    peak_S = jnp.take_along_axis(logits_SV, best_S[:, None], axis=1)[:, 0]
+    ids_S = jax.lax.cond(
+        inputs.any_special,
+        lambda: _sample_special(logits_SV, rows, inputs),
+        lambda: best_S,
+    )
+    return ids_S, jnp.isfinite(peak_S)
+
+
+def logprobs(logits_SV: jax.Array, ids_S: jax.Array, num_top: int, wanted: jax.Array) -> Logprobs:
+    """Log-probabilities of raw logits before any adjustment (vLLM's `raw_logprobs`); zeros unless `wanted`."""
+    num_seqs = logits_SV.shape[0]
+
+    def compute() -> Logprobs:
+        logp_SV = jax.nn.log_softmax(logits_SV, axis=-1)
+        chosen_S = jnp.take_along_axis(logp_SV, ids_S[:, None], axis=1)[:, 0]
+        rank_S = jnp.sum(logp_SV > chosen_S[:, None], axis=-1, dtype=jnp.int32) + 1
+        top_values, top_ids = jax.lax.top_k(logp_SV, num_top)
+        return Logprobs(chosen_S, rank_S, top_ids, top_values)
+
+    def skip() -> Logprobs:
+        return Logprobs(
+            jnp.zeros((num_seqs,), jnp.float32),
+            jnp.zeros((num_seqs,), jnp.int32),
+            jnp.zeros((num_seqs, num_top), jnp.int32),
+            jnp.zeros((num_seqs, num_top), jnp.float32),
+        )
+
+    return jax.lax.cond(wanted, compute, skip)
+
+
+def count_sampled(rows: RowState, inputs: SamplingInputs, ids_S: jax.Array, samples_S: jax.Array) -> RowState:
+    """The row state after this step: newest tokens, and counts where penalties are used. Consumes `rows`."""
+    nobody = rows.last_token.shape[0]
+    row_S = jnp.where(samples_S, inputs.rows, nobody)
+    counted_S = jnp.where(samples_S, inputs.adjusted_rows, nobody)
+    return dataclasses.replace(
+        rows,
+        last_token=rows.last_token.at[row_S].set(ids_S, mode="drop"),
+        output_counts=rows.output_counts.at[counted_S, ids_S].add(1, mode="drop"),
+    )
+
+
+def top_k_threshold(x_SV: jax.Array, k_S: jax.Array) -> jax.Array:
+    """f32[S]: the k-th largest value of each row, so that `x >= threshold` keeps k entries and all ties."""
+
+    def enough(key_S: jax.Array, keys_SV: jax.Array) -> jax.Array:
+        return jnp.sum(keys_SV >= key_S[:, None], axis=-1, dtype=jnp.int32) >= k_S
+
+    return _largest_threshold(x_SV, enough)
+
+
+def top_p_threshold(x_SV: jax.Array, p_S: jax.Array) -> jax.Array:
+    """f32[S]: the largest value t with `sum(softmax(x)[x >= t]) >= p`: the nucleus, with all ties of its last entry."""
+    probs_SV = jax.nn.softmax(x_SV, axis=-1)
+
+    def enough(key_S: jax.Array, keys_SV: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(keys_SV >= key_S[:, None], probs_SV, 0.0), axis=-1) >= p_S
+
+    return _largest_threshold(x_SV, enough)
+
+
+def _sample_special(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> jax.Array:
+    x_SV = jax.lax.cond(
+        inputs.any_adjusted, lambda: _adjust(logits_SV, rows, inputs), lambda: logits_SV
+    )
+    greedy_S = inputs.temperature == 0.0
+    best_S = argmax_rows(x_SV)
+    x_SV = x_SV / jnp.where(greedy_S, 1.0, inputs.temperature)[:, None]
+    x_SV = jax.lax.cond(inputs.any_truncated, lambda: _truncate(x_SV, inputs), lambda: x_SV)
+    drawn_S = argmax_rows(x_SV + _gumbel(inputs, x_SV.shape[1]))
+    return jnp.where(greedy_S, best_S, drawn_S)
+
+
+def _adjust(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> jax.Array:
+    num_seqs = logits_SV.shape[0]
+    is_adjusted_S1 = (inputs.adjusted_rows < rows.bias.shape[0])[:, None]
+
+    def of_row(table: jax.Array) -> jax.Array:
+        return table.at[inputs.adjusted_rows].get(mode="clip")
+
+    x_SV = logits_SV + jnp.where(is_adjusted_S1, of_row(rows.bias), 0.0)
+    sequences = jnp.arange(num_seqs, dtype=jnp.int32)[:, None]
+    x_SV = x_SV.at[sequences, inputs.banned].set(-jnp.inf, mode="drop")
+
+    counts_SV = jnp.where(is_adjusted_S1, of_row(rows.output_counts), 0)
+    seen_SV = (is_adjusted_S1 & of_row(rows.prompt_mask)) | (counts_SV > 0)
+    factor_S1 = inputs.repetition[:, None]
+    repeated_SV = jnp.where(x_SV > 0, x_SV / factor_S1, x_SV * factor_S1)
+    x_SV = jnp.where(seen_SV, repeated_SV, x_SV)
+    x_SV = x_SV - inputs.frequency[:, None] * counts_SV.astype(jnp.float32)
+    return x_SV - inputs.presence[:, None] * (counts_SV > 0).astype(jnp.float32)
+
+
+def _truncate(x_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    peak_S1 = jnp.max(x_SV, axis=-1, keepdims=True)
+    floor_S1 = peak_S1 + jnp.log(inputs.min_p)[:, None]  # log(0) = -inf keeps all
+    x_SV = jnp.where(x_SV >= floor_S1, x_SV, -jnp.inf)
+    vocab_size = x_SV.shape[1]
+    k_S = jnp.where(inputs.top_k == 0, vocab_size, jnp.minimum(inputs.top_k, vocab_size))
+    x_SV = jnp.where(x_SV >= top_k_threshold(x_SV, k_S)[:, None], x_SV, -jnp.inf)
+    # Rounding may leave the whole row's sum just under 1, so p = 1 must bypass the search.
+    t_S = jnp.where(inputs.top_p < 1.0, top_p_threshold(x_SV, inputs.top_p), -jnp.inf)
+    return jnp.where(x_SV >= t_S[:, None], x_SV, -jnp.inf)
+
+
+def _gumbel(inputs: SamplingInputs, vocab_size: int) -> jax.Array:
+    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, (vocab_size,), jnp.float32)
+
+    return jax.vmap(row)(inputs.seeds, inputs.positions)
+
+
+def _largest_threshold(x_SV: jax.Array, enough) -> jax.Array:  # noqa: ANN001 - (key_S, keys_SV) -> bool[S]
+    """Largest float t of each row for which `enough` holds, by bisection over the 32 bits of ordered keys.
+
+    32 counting passes cost less than one sort of a vocabulary, need no scratch, and sum in a fixed order.
+    """
+    keys_SV = _ordered_key(x_SV)
+    low_S = jnp.zeros((x_SV.shape[0],), jnp.uint32)  # always enough
+
+    def set_bit(i: jax.Array, low_S: jax.Array) -> jax.Array:
+        candidate_S = low_S | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
+        return jnp.where(enough(candidate_S, keys_SV), candidate_S, low_S)
+
+    return _value_of_key(jax.lax.fori_loop(0, 32, set_bit, low_S))
+
+
+def _ordered_key(x: jax.Array) -> jax.Array:
+    """uint32 keys in the order of the floats."""
+    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)  # + 0.0 turns -0 into +0
+    sign = jnp.uint32(0x80000000)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _value_of_key(key: jax.Array) -> jax.Array:
+    sign = jnp.uint32(0x80000000)
+    bits = jnp.where(key >= sign, key ^ sign, ~key)
+    value = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(jnp.isnan(value), -jnp.inf, value)  # keys below that of -inf

@@ -1,0 +1,2 @@
+def argmax_rows(*args, **kwargs):
+    raise NotImplementedError

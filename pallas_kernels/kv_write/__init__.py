@@ -1,0 +1,3 @@
+from jengine.pallas_kernels.kv_write.api import kv_write
+
+__all__ = ["kv_write"]

@@ -1,0 +1,2 @@
+def linear(*args, **kwargs):
+    raise NotImplementedError

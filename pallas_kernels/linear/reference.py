@@ -1,0 +1,34 @@
+"""Plain-JAX `linear`, in the one shape that XLA:CPU runs fast and the same way for any number of rows."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+# XLA:CPU sends a dot with one row (bfloat16: one or two) to a naive loop: 10 to 50 times slower, and with another
+# order of summation than the dots with more rows, so that a row's bits would depend on its batch.
+MIN_ROWS = 4
+
+
+def linear(
+    x_TD: jax.Array,
+    w_FD: jax.Array,
+    bias_F: jax.Array | None = None,
+    *,
+    num_tokens: jax.Array | None = None,
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
+    del num_tokens  # padding rows are computed like the rest
+    T = x_TD.shape[0]
+    out_dtype = x_TD.dtype if out_dtype is None else out_dtype
+    dtype = jnp.promote_types(x_TD.dtype, w_FD.dtype)
+    x_TD = jnp.pad(x_TD, ((0, max(0, MIN_ROWS - T)), (0, 0)))
+    y_TF = lax.dot_general(
+        x_TD.astype(dtype),
+        w_FD.astype(dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )[:T]
+    if bias_F is not None:
+        y_TF = y_TF + bias_F.astype(jnp.float32)[None, :]
+    return y_TF.astype(out_dtype)

@@ -1,0 +1,165 @@
+// Weights stay as stored, [out, in]; each block is transposed once, in registers or in the L2 cache, and meets all rows.
+#include "linear.h"
+
+#include <memory>
+
+#include "gemm.h"
+
+namespace jengine {
+namespace {
+
+// Up to this many rows the step is bound by reading the weight: transpose in registers and use at once.
+constexpr int kStreamRows = 8;
+// Below this much work per call a second thread costs more to wake than it saves.
+constexpr int64_t kMinParallelBytes = 64 << 10;
+
+template <class W>
+struct Problem {
+  const uint32_t* x;
+  const W* w;
+  const float* bias;  // or null
+  Output y;
+  int64_t rows, outputs, depth;
+};
+
+template <class W>
+void put(const Problem<W>& p, int64_t m, int64_t n, v16f acc) {
+  const int64_t at = m * p.outputs + n;
+  const int count = static_cast<int>(std::min<int64_t>(kLanes, p.outputs - n));
+  if (p.bias) {
+    float bias[kLanes] = {};
+    std::memcpy(bias, p.bias + n, count * sizeof(float));
+    acc += load(bias);
+  }
+  if (p.y.is_bf16) {
+    store_first(static_cast<bf16*>(p.y.data) + at, acc, count);
+  } else {
+    store_first(static_cast<float*>(p.y.data) + at, acc, count);
+  }
+}
+
+#ifdef JENGINE_AVX512
+JENGINE_INLINE void prefetch(const char* begin, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(begin + i, _MM_HINT_T1);
+}
+
+// Sixteen outputs at a time for M rows. The block of a later tile is prefetched line by line: the sixteen row streams
+// are too many for the hardware's prefetcher, although together they are one contiguous stretch.
+template <class Words, int M, class P>
+void stream_panel(const P& p, int64_t n0) {
+  const int64_t bytes = p.depth * sizeof(*p.w), words = bytes / 4;
+  const int valid = static_cast<int>(std::min<int64_t>(kLanes, p.outputs - n0));
+  const char* base = reinterpret_cast<const char*>(p.w + n0 * p.depth);
+  const char* ahead = base + kLanes * bytes;
+  const uint32_t* x = p.x;
+  v16f acc[M] = {};
+  auto block = [&](int64_t k, __mmask16 mask, int columns) {
+    __m512i r[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      r[i] = _mm512_maskz_loadu_epi32(mask, base + std::min(i, valid - 1) * bytes + k * 4);
+      _mm_prefetch(ahead + k * 64 + i * 64, _MM_HINT_T1);
+    }
+    transpose(r);
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+      if (j >= columns) break;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m] = Words::step(acc[m], x + m * words + k + j, (v16f)r[j]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= words; k += kLanes) block(k, 0xffff, kLanes);
+  if (k < words) block(k, static_cast<__mmask16>((1 << (words - k)) - 1), static_cast<int>(words - k));
+  for (int m = 0; m < M; ++m) put(p, m, n0, acc[m]);
+}
+
+template <class Words, int M, class P>
+void stream(Pool& pool, const P& p, int workers) {
+  if (p.rows < M) {
+    if constexpr (M > 1) return stream<Words, M - 1>(pool, p, workers);
+  }
+  const int64_t panels = (p.outputs + kLanes - 1) / kLanes;
+  const int64_t unit = std::max<int64_t>(1, std::min<int64_t>(8, panels / (4 * workers)));
+  parallel_for(pool, (panels + unit - 1) / unit, workers, [&](int64_t u) {
+    for (int64_t i = u * unit; i < std::min(panels, (u + 1) * unit); ++i) stream_panel<Words, M>(p, i * kLanes);
+  });
+}
+#endif
+
+// Many rows: pack four panels, pass all rows over them in tiles, and fetch the next unit's weights meanwhile.
+template <class Words, class P>
+void tiled(Pool& pool, const P& p, int workers) {
+  using W = std::decay_t<decltype(*p.w)>;
+  constexpr int64_t kUnit = kTilePanels * kLanes;
+  const int64_t words = (p.depth + Words::kElements - 1) / Words::kElements, panel_stride = words * kLanes;
+  const int64_t row_bytes = p.depth * sizeof(W);
+  const int64_t num_tiles = (p.rows + kTileRows - 1) / kTileRows;
+  const int tile_rows = static_cast<int>((p.rows + num_tiles - 1) / num_tiles);
+  parallel_claim(pool, (p.outputs + kUnit - 1) / kUnit, workers, [&](int64_t u, const auto& claim, int64_t& finished) {
+    std::unique_ptr<uint32_t[]> packed(new uint32_t[kTilePanels * panel_stride]);
+    while (u >= 0) {
+      const int64_t next = claim();
+      const int64_t n0 = u * kUnit, count = std::min(kUnit, p.outputs - n0);
+      const int panels = static_cast<int>((count + kLanes - 1) / kLanes);
+      for (int i = 0; i < panels; ++i) {
+        const W* rows = p.w + (n0 + i * kLanes) * p.depth;
+        pack_rows<Words, W>(packed.get() + i * panel_stride, static_cast<int>(std::min<int64_t>(kLanes, count - i * kLanes)),
+                            p.depth, [&](int r) { return rows + r * p.depth; });
+      }
+      const char* ahead = next < 0 ? nullptr : reinterpret_cast<const char*>(p.w + next * kUnit * p.depth);
+      const int64_t ahead_bytes = next < 0 ? 0 : std::min(kUnit, p.outputs - next * kUnit) * row_bytes;
+      const int64_t slice = (ahead_bytes / num_tiles + 63) / 64 * 64;
+      for (int64_t m0 = 0, t = 0; m0 < p.rows; m0 += tile_rows, ++t) {
+#ifdef JENGINE_AVX512
+        prefetch(ahead + t * slice, std::clamp<int64_t>(ahead_bytes - t * slice, 0, slice));
+#endif
+        const int count_rows = static_cast<int>(std::min<int64_t>(tile_rows, p.rows - m0));
+        alignas(64) float c[kTileRows * kUnit];
+        multiply<Words>({c, kUnit, p.x + m0 * words, words, packed.get(), panel_stride, words, false}, count_rows, panels);
+        for (int m = 0; m < count_rows; ++m) {
+          for (int n = 0; n < panels; ++n) put(p, m0 + m, n0 + n * kLanes, load(c + m * kUnit + n * kLanes));
+        }
+      }
+      ++finished;
+      u = next;
+    }
+  });
+}
+
+template <class Words, class W>
+void run(Pool& pool, const Problem<W>& p) {
+  const int64_t bytes = p.outputs * p.depth * static_cast<int64_t>(sizeof(W));
+  const int workers = bytes * (p.rows + 7) / 8 < kMinParallelBytes ? 1 : pool.num_threads();
+#ifdef JENGINE_AVX512
+  if constexpr (sizeof(W) == sizeof(typename Words::Element)) {
+    if (p.rows <= kStreamRows) return stream<Words, kStreamRows>(pool, p, workers);
+  }
+#endif
+  tiled<Words>(pool, p, workers);
+}
+
+}  // namespace
+
+template <class X, class W>
+void linear(Pool& pool, const X* x, const W* w, const float* bias, Output y, int64_t rows, int64_t outputs,
+            int64_t depth) {
+  if (rows <= 0 || outputs <= 0) return;
+  Problem<W> p{reinterpret_cast<const uint32_t*>(x), w, bias, y, rows, outputs, depth};
+  if constexpr (sizeof(X) == 4) {
+    run<FloatWords>(pool, p);
+  } else if constexpr (sizeof(W) == 2 && Bf16Words::kElements == 2) {
+    run<Bf16Words>(pool, p);
+  } else {
+    std::unique_ptr<float[]> wide(new float[rows * depth]);
+    for (int64_t i = 0; i < rows * depth; ++i) wide[i] = to_float(x[i]);
+    p.x = reinterpret_cast<const uint32_t*>(wide.get());
+    run<FloatWords>(pool, p);
+  }
+}
+
+template void linear(Pool&, const bf16*, const bf16*, const float*, Output, int64_t, int64_t, int64_t);
+template void linear(Pool&, const float*, const bf16*, const float*, Output, int64_t, int64_t, int64_t);
+template void linear(Pool&, const float*, const float*, const float*, Output, int64_t, int64_t, int64_t);
+
+}  // namespace jengine

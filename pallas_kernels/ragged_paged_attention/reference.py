@@ -1,0 +1,128 @@
+"""Plain-JAX ragged paged attention: loops over sequences, query tiles and KV blocks whose cost follows real lengths.
+
+Flash attention with KV blocks that start at fixed multiples of the block size, so that a row meets the same blocks
+in the same order in every batch and chunking. XLA:CPU's dots give a row the same bits for any number of rows >= 4
+(`linear/reference.py`), which lets a decode row run in a smaller tile than a prefill row.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+QUERY_TILE = 32
+KV_BLOCK = 128
+MIN_ROWS = 4
+
+
+def ragged_paged_attention(
+    q_TNH: jax.Array,
+    kv_pages_PB2KH: jax.Array,
+    page_table_SM: jax.Array,
+    cu_q_lens_S1: jax.Array,
+    kv_lens_S: jax.Array,
+    num_seqs: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:
+    T, N, H = q_TNH.shape
+    B, K = kv_pages_PB2KH.shape[1], kv_pages_PB2KH.shape[3]
+    block_pages = max(1, KV_BLOCK // B)
+    # Dynamic slices clamp at the end of the array and would shift: pad so that none reaches it.
+    q_TKGH = jnp.pad(q_TNH, ((0, QUERY_TILE), (0, 0), (0, 0))).reshape(-1, K, N // K, H)
+    page_table_SM = jnp.pad(page_table_SM, ((0, 0), (0, -page_table_SM.shape[1] % block_pages)))
+    sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, N // K)
+    attend = partial(
+        _attend_tile,
+        kv_pages_PB2KH=kv_pages_PB2KH,
+        sinks_KG=sinks_KG,
+        block_pages=block_pages,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+    )
+
+    def run_sequence(s: jax.Array, out_TKGH: jax.Array) -> jax.Array:
+        start, q_len, kv_len = cu_q_lens_S1[s], cu_q_lens_S1[s + 1] - cu_q_lens_S1[s], kv_lens_S[s]
+
+        def run_tile(tile: int, i: jax.Array, out_TKGH: jax.Array) -> jax.Array:
+            # A tile may write past the sequence's last token: the next sequence then writes over it.
+            at = start + i * tile
+            q = lax.dynamic_slice_in_dim(q_TKGH, at, tile)
+            position = kv_len - q_len + i * tile
+            new = attend(q, page_table_M=page_table_SM[s], position=position, kv_len=kv_len)
+            return lax.dynamic_update_slice_in_dim(out_TKGH, new, at, 0)
+
+        def run_tiles(out: jax.Array) -> jax.Array:
+            num_tiles = lax.div(q_len + QUERY_TILE - 1, jnp.int32(QUERY_TILE))
+            return lax.fori_loop(0, num_tiles, partial(run_tile, QUERY_TILE), out)
+
+        return lax.cond(q_len == 1, partial(run_tile, 1, jnp.int32(0)), run_tiles, out_TKGH)
+
+    out_TKGH = lax.fori_loop(0, jnp.asarray(num_seqs, jnp.int32), run_sequence, jnp.zeros_like(q_TKGH))
+    return out_TKGH[:T].reshape(T, N, H)
+
+
+def _attend_tile(
+    q_QKGH: jax.Array,
+    *,
+    page_table_M: jax.Array,
+    position: jax.Array,
+    kv_len: jax.Array,
+    kv_pages_PB2KH: jax.Array,
+    sinks_KG: jax.Array | None,
+    block_pages: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """Attention of consecutive queries of one sequence, the first at `position`."""
+    Q, K, G, H = q_QKGH.shape
+    B = kv_pages_PB2KH.shape[1]
+    C = block_pages * B
+    rows = max(Q * G, MIN_ROWS)
+    dtype = jnp.promote_types(q_QKGH.dtype, kv_pages_PB2KH.dtype)
+    q_KRH = q_QKGH.transpose(1, 0, 2, 3).reshape(K, Q * G, H).astype(dtype)
+    q_KRH = jnp.pad(q_KRH, ((0, 0), (0, rows - Q * G), (0, 0)))
+    position_R = position + lax.div(lax.iota(jnp.int32, rows), jnp.int32(G))
+    first_R = jnp.zeros_like(position_R) if window is None else position_R - (window - 1)
+
+    def load(block: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        pages = lax.dynamic_slice_in_dim(page_table_M, block * block_pages, block_pages)
+        kv_C2KH = kv_pages_PB2KH[pages].reshape(C, 2, K, H).astype(dtype)
+        index_C = block * C + lax.iota(jnp.int32, C)
+        is_live_C = (index_C < kv_len) & (index_C >= first_R[0])
+        kv_C2KH = jnp.where(is_live_C[:, None, None, None], kv_C2KH, jnp.zeros((), dtype))  # unused slots: NaN
+        is_seen_RC = (index_C[None, :] <= position_R[:, None]) & (index_C[None, :] >= first_R[:, None])
+        return kv_C2KH[:, 0].transpose(1, 0, 2), kv_C2KH[:, 1].transpose(1, 0, 2), is_seen_RC & is_live_C[None, :]
+
+    def step(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        block, max_KR, sum_KR, acc_KRH = carry
+        k_KCH, v_KCH, is_seen_RC = load(block)
+        s_KRC = scale * jnp.einsum("KRH,KCH->KRC", q_KRH, k_KCH, preferred_element_type=jnp.float32)
+        if soft_cap is not None:
+            s_KRC = soft_cap * jnp.tanh(s_KRC / soft_cap)
+        s_KRC = jnp.where(is_seen_RC[None], s_KRC, -jnp.inf)
+        new_max_KR = jnp.maximum(max_KR, s_KRC.max(axis=-1))
+        base_KR = jnp.where(new_max_KR == -jnp.inf, 0.0, new_max_KR)  # nothing seen yet: exp(-inf - 0) = 0
+        p_KRC = jnp.exp(s_KRC - base_KR[..., None])
+        decay_KR = jnp.exp(max_KR - base_KR)
+        pv_KRH = jnp.einsum("KRC,KCH->KRH", p_KRC.astype(dtype), v_KCH, preferred_element_type=jnp.float32)
+        sum_KR = sum_KR * decay_KR + p_KRC.sum(axis=-1)
+        return block + 1, new_max_KR, sum_KR, acc_KRH * decay_KR[..., None] + pv_KRH
+
+    if sinks_KG is None:
+        max_KR, sum_KR = jnp.full((K, rows), -jnp.inf), jnp.zeros((K, rows))
+    else:
+        max_KR = jnp.pad(jnp.tile(sinks_KG, (1, Q)), ((0, 0), (0, rows - Q * G)))
+        sum_KR = jnp.ones((K, rows))
+    begin = lax.div(jnp.maximum(first_R[0], 0), jnp.int32(C))
+    end = lax.div(jnp.minimum(kv_len, position + Q) + (C - 1), jnp.int32(C))
+    carry = (begin, max_KR, sum_KR, jnp.zeros((K, rows, H)))
+    _, _, sum_KR, acc_KRH = lax.while_loop(lambda carry: carry[0] < end, step, carry)
+    out_KRH = (acc_KRH / jnp.where(sum_KR == 0.0, 1.0, sum_KR)[..., None])[:, : Q * G]
+    return out_KRH.reshape(K, Q, G, H).transpose(1, 0, 2, 3).astype(q_QKGH.dtype)

@@ -1,0 +1,354 @@
+"""Requests of the OpenAI API, with vLLM's extra fields, as msgspec structs.
+
+Fields that are not listed are ignored (SDKs add new ones all the time). Fields that are listed in `refused` are ones
+that change what the answer means and that this version cannot honour: they are refused, naming the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from jengine.errors import InvalidRequestError
+from jengine.request import RequestOutputKind, SamplingParams
+
+COMPLETION_MAX_TOKENS = 16
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_LOGIT_BIAS = 1024
+MAX_PROMPTS = 128
+MAX_CHOICES = 128  # prompts times n
+MAX_MESSAGES = 2048
+
+# What a model's generation_config may suggest, and what vLLM takes from it.
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingRequest(msgspec.Struct, kw_only=True):
+    """Fields that completions and chat completions share. None: the model's default, else SamplingParams'."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logit_bias: dict[int, float] | None = None
+    echo: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int = 0
+    request_id: str | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    # Recognised, and refused when they ask for something.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    prompt_embeds: Any = None
+    use_beam_search: bool = False
+    kv_transfer_params: Any = None
+    logits_processors: Any = None
+    length_penalty: float | None = None
+    repetition_detection: Any = None
+
+    def check(self, extra: Mapping[str, object] = {}) -> None:  # noqa: B006 - never written
+        """Refuse what cannot be honoured, and check what `SamplingParams` does not."""
+        refused: dict[str, object] = {
+            "response_format": (self.response_format or {}).get("type", "text") != "text",
+            "structured_outputs": self.structured_outputs,
+            "guided_json": self.guided_json,
+            "guided_regex": self.guided_regex,
+            "guided_choice": self.guided_choice,
+            "guided_grammar": self.guided_grammar,
+            "prompt_embeds": self.prompt_embeds,
+            "use_beam_search": self.use_beam_search,
+            "kv_transfer_params": self.kv_transfer_params,
+            "logits_processors": self.logits_processors,
+            "length_penalty": self.length_penalty not in (None, 1.0),
+            "repetition_detection": self.repetition_detection,
+            **extra,
+        }
+        for name, value in refused.items():
+            if value:
+                raise InvalidRequestError(name, "is not supported by this server")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options", "is only allowed with stream=true")
+        stops = [self.stop] if isinstance(self.stop, str) else (self.stop or [])
+        if len(stops) > MAX_STOP_STRINGS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+            raise InvalidRequestError(
+                "stop", f"at most {MAX_STOP_STRINGS} strings of {MAX_STOP_LENGTH} characters"
+            )
+        if len(self.logit_bias or ()) > MAX_LOGIT_BIAS:
+            raise InvalidRequestError("logit_bias", f"at most {MAX_LOGIT_BIAS} entries")
+        for value in (self.logit_bias or {}).values():
+            if not -100.0 <= value <= 100.0:
+                raise InvalidRequestError("logit_bias", f"must be in [-100, 100], got {value}")
+
+    @property
+    def includes_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def has_continuous_usage(self) -> bool:
+        return self.includes_usage and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
+
+    def build_sampling(
+        self,
+        defaults: Mapping[str, Any],
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+    ) -> SamplingParams:
+        """`defaults` are the model's own suggestions; a field of the request wins over them."""
+        fields: dict[str, Any] = {
+            name: defaults[name] for name in MODEL_DEFAULTS if name in defaults
+        }
+        for name in (
+            *MODEL_DEFAULTS,
+            *("n", "seed", "frequency_penalty", "presence_penalty"),
+        ):
+            if (value := getattr(self, name)) is not None:
+                fields[name] = value
+        return SamplingParams(
+            **fields,
+            stop=self.stop or None,
+            stop_token_ids=self.stop_token_ids,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            max_tokens=max_tokens,
+            skip_special_tokens=self.skip_special_tokens,
+            spaces_between_special_tokens=self.spaces_between_special_tokens,
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            allowed_token_ids=self.allowed_token_ids,
+            bad_words=self.bad_words or None,
+            logit_bias=self.logit_bias,
+            output_kind=(
+                RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
+            ),
+        )
+
+
+class CompletionRequest(SamplingRequest, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]  # of one kind: str | [str] | [int] | [[int]]
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+    suffix: str | None = None
+    best_of: int | None = None
+
+    def check_completion(self) -> None:
+        best_of = self.best_of is not None and self.best_of != (self.n or 1)
+        self.check({"suffix": self.suffix, "best_of": best_of})
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequestError("prompt_logprobs", "is not available with stream=true")
+        num_prompts = len(self.prompts())
+        if num_prompts > MAX_PROMPTS or num_prompts * max(self.n or 1, 1) > MAX_CHOICES:
+            raise InvalidRequestError(
+                "prompt", f"at most {MAX_PROMPTS} prompts and {MAX_CHOICES} choices in all"
+            )
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry for each prompt."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        kinds = {type(item) for item in prompt}
+        if not prompt:
+            raise InvalidRequestError("prompt", "must not be empty")
+        if len(kinds) > 1:
+            raise InvalidRequestError("prompt", "must be one of: str, [str], [int], [[int]]")
+        return [prompt] if kinds == {int} else prompt
+
+
+class TextPart(msgspec.Struct):
+    """An element of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct):
+    """A turn of a conversation. Templates of tool-calling models read the last two fields."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+    def render(self, index: int) -> dict[str, Any]:
+        """As templates take it: text parts joined by line breaks."""
+        content = self.content
+        if isinstance(content, list):
+            for number, part in enumerate(content):
+                if part.type not in ("text", "input_text") or part.text is None:
+                    raise InvalidRequestError(
+                        f"messages[{index}].content[{number}]",
+                        f"content of type {part.type!r} is not supported: this model takes text",
+                    )
+            content = "\n".join(part.text or "" for part in content)
+        result: dict[str, Any] = {"role": self.role, "content": content or ""}
+        for name in ("name", "tool_call_id", "tool_calls"):
+            if (value := getattr(self, name)) is not None:
+                result[name] = value
+        return result
+
+
+# Arguments of the renderer itself; letting a request set them has let requests block servers (CVE-2025-62426).
+RESERVED_TEMPLATE_NAMES = frozenset(
+    {"messages", "tools", "tokenize", "chat_template", "add_generation_prompt"}
+    | {"continue_final_message", "documents"}
+)
+
+
+class ChatRequest(SamplingRequest, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    modalities: list[str] | None = None
+    store: bool | None = None
+    web_search_options: Any = None
+    prediction: Any = None
+
+    def check_chat(self, *, trust_template: bool) -> None:
+        self.check(
+            {
+                "audio": self.audio,
+                "modalities": self.modalities not in (None, ["text"]),
+                "store": self.store,
+                "web_search_options": self.web_search_options is not None,
+                "prediction": self.prediction is not None,
+                # Tools that may not be called change nothing.
+                "tools": self.tools and self.tool_choice != "none",
+                "tool_choice": self.tool_choice not in (None, "none", "auto"),
+                "functions": self.functions,
+                "function_call": self.function_call not in (None, "none"),
+            }
+        )
+        self.check_conversation(trust_template=trust_template)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("top_logprobs", "needs logprobs=true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequestError("prompt_logprobs", "is not available with stream=true")
+
+    def check_conversation(self, *, trust_template: bool) -> None:
+        if not self.messages:
+            raise InvalidRequestError("messages", "must not be empty")
+        if len(self.messages) > MAX_MESSAGES:
+            raise InvalidRequestError("messages", f"at most {MAX_MESSAGES} messages")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise InvalidRequestError(
+                "continue_final_message", "cannot be combined with add_generation_prompt"
+            )
+        if self.chat_template is not None and not trust_template:
+            raise InvalidRequestError(
+                "chat_template", "requests may not bring templates (--trust-request-chat-template)"
+            )
+        reserved = RESERVED_TEMPLATE_NAMES.intersection(self.chat_template_kwargs or ())
+        if reserved:
+            raise InvalidRequestError(
+                "chat_template_kwargs", f"may not set {', '.join(sorted(reserved))}"
+            )
+
+    def template_arguments(self) -> dict[str, Any]:
+        """Arguments of `AsyncEngine.render_chat` after the messages."""
+        open_turn = self.add_generation_prompt
+        if open_turn is None:
+            open_turn = not self.continue_final_message
+        arguments: dict[str, Any] = {
+            **(self.chat_template_kwargs or {}),
+            "add_generation_prompt": open_turn,
+            "continue_final_message": self.continue_final_message,
+        }
+        if self.chat_template is not None:
+            arguments["chat_template"] = self.chat_template
+        if self.documents is not None:
+            arguments["documents"] = self.documents
+        return arguments
+
+
+class TokenizeTextRequest(msgspec.Struct, kw_only=True):
+    """POST /tokenize with `prompt`."""
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = False
+
+
+class TokenizeChatRequest(ChatRequest, kw_only=True):
+    """POST /tokenize with `messages`: what the chat endpoint would see."""
+
+    return_token_strs: bool | None = False
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+class ErrorBody(msgspec.Struct):
+    """What every refusal carries."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorResponse(msgspec.Struct):
+    error: ErrorBody
+
+
+FinishReasonName = Literal["stop", "length", "abort", "error"]

@@ -1,0 +1,80 @@
+"""Logical axes -> mesh axes, said once. A `PartitionSpec` is written nowhere else."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jengine.sharding.mesh import MESH_AXES
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardingRules:
+    """The mesh axis (or axes, major first) that splits each logical axis; None replicates it.
+
+    The default is tensor parallelism within a layer: what `heads`, `mlp` and `vocab` produce
+    stays on its device until the sum over that axis.
+    """
+
+    tokens: MeshAxes = None
+    embed: MeshAxes = None
+    heads: MeshAxes = "tensor"
+    kv_heads: MeshAxes = "tensor"
+    head_dim: MeshAxes = None
+    mlp: MeshAxes = "tensor"
+    vocab: MeshAxes = "tensor"
+    experts: MeshAxes = "expert"
+    pages: MeshAxes = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            for axis in _as_tuple(getattr(self, field.name)):
+                if axis not in MESH_AXES:
+                    raise ValueError(
+                        f"{field.name}: {axis!r} is no mesh axis; known: {', '.join(MESH_AXES)}"
+                    )
+
+    def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
+        """Mesh axes that split one logical axis; none for an unnamed dimension."""
+        if logical is None:
+            return ()
+        if logical not in self.__dataclass_fields__:
+            raise ValueError(f"{logical!r} is no logical axis")
+        return _as_tuple(getattr(self, logical))
+
+    def spec(self, logical_axes: Sequence[str | None]) -> PartitionSpec:
+        """Raises `ValueError` if two dimensions would be split by the same mesh axis."""
+        owner: dict[str, str | None] = {}
+        for logical in logical_axes:
+            for axis in self.mesh_axes(logical):
+                if axis in owner:
+                    raise ValueError(
+                        f"mesh axis {axis!r} would split both {owner[axis]!r} and {logical!r} "
+                        f"of {tuple(logical_axes)}"
+                    )
+                owner[axis] = logical
+        split = [self.mesh_axes(logical) for logical in logical_axes]
+        return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in split))
+
+
+def named_sharding(
+    mesh: Mesh, rules: ShardingRules, shape: Sequence[int], logical_axes: Sequence[str | None]
+) -> NamedSharding:
+    """Where an array of this shape lives.
+
+    Raises `ValueError` if a dimension does not divide evenly.
+    """
+    for size, logical in zip(shape, logical_axes, strict=True):
+        ways = math.prod(mesh.shape[axis] for axis in rules.mesh_axes(logical))
+        if size % ways:
+            raise ValueError(f"{logical} of size {size} does not divide over {ways} devices")
+    return NamedSharding(mesh, rules.spec(logical_axes))
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else axes

@@ -1,0 +1,56 @@
+"""Small KV managers and requests for the tests of jengine.core."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jengine.core.kv_manager import KVManager
+from jengine.kv_spec import KVGroup, KVKind, KVSpec, build_groups
+from jengine.request import Request, SamplingParams
+
+EOS = 0
+
+
+def make_groups(windows: Sequence[int | None], page_size: int) -> tuple[KVGroup, ...]:
+    """One layer for each entry: None is full attention, a number its window."""
+    specs = [
+        KVSpec(KVKind.FULL if w is None else KVKind.SLIDING_WINDOW, (2, 1, 1), "float32", 4, w)
+        for w in windows
+    ]
+    return build_groups(specs, page_size)
+
+
+def make_kv(
+    windows: Sequence[int | None] = (None,),
+    *,
+    page_size: int = 4,
+    num_pages: int = 17,
+    caching: bool = True,
+    fingerprint: str = "",
+) -> KVManager:
+    groups = make_groups(windows, page_size)
+    return KVManager(
+        groups,
+        [num_pages] * len(groups),
+        enable_prefix_caching=caching,
+        fingerprint=fingerprint,
+    )
+
+
+def make_request(
+    request_id: str,
+    prompt: Sequence[int],
+    *,
+    priority: int = 0,
+    cache_salt: str = "",
+    arrival_time: float = 0.0,
+    **sampling: Any,
+) -> Request:
+    return Request(
+        request_id,
+        list(prompt),
+        SamplingParams(temperature=0.0, **sampling),
+        eos_token_ids=frozenset({EOS}),
+        priority=priority,
+        cache_salt=cache_salt,
+        arrival_time=arrival_time,
+    )

@@ -1,0 +1,99 @@
+"""A deterministic stand-in for the device: a "model" whose only memory is the pages.
+
+Each layer of the model writes one value per token into its group's pages and reads all values that
+the token may attend to back through the page table. As on the real device, a layer writes the
+values of every token in the step before any of them reads, and steps run in dispatch order. Values
+of the second layer and above depend on the whole visible prefix, so a page that belongs to another
+prefix, was overwritten too early, or was never written changes the tokens (or raises KeyError).
+"""
+
+from collections.abc import Sequence
+
+from jengine.core.page_pool import NULL_PAGE
+from jengine.core.plan import ScheduledRequest, StepPlan, StepResult
+from jengine.kv_spec import KVGroup
+
+VOCAB = 11
+
+
+def mix(*values: object) -> int:
+    return hash(values) & (2**61 - 1)  # hashes of ints and tuples do not vary between processes
+
+
+def naive_tokens(
+    windows: Sequence[int | None], prompt: Sequence[int], num_tokens: int
+) -> list[int]:
+    """What the model generates for one request alone, from plain lists: no pages, no steps."""
+    tokens = list(prompt)
+    values: list[list[int]] = [[] for _ in windows]
+    for position in range(len(prompt) + num_tokens - 1):
+        hidden = mix(tokens[position])
+        for window, layer in zip(windows, values, strict=True):
+            layer.append(mix(hidden, position))
+            hidden = mix(hidden, *layer[_first_read(position, window) :])
+        if position + 1 >= len(prompt):
+            tokens.append(hidden % VOCAB)
+    return tokens[len(prompt) :]
+
+
+class FakeDevice:
+    """`layers` holds one group index for each layer."""
+
+    def __init__(self, groups: Sequence[KVGroup]) -> None:
+        self._layers = sorted(
+            (layer, g) for g, group in enumerate(groups) for layer in group.layers
+        )
+        self._windows = [group.spec.window for group in groups]
+        self._page_size = groups[0].page_size
+        self._memory: dict[tuple[int, int, int], int] = {}  # (layer, page, offset) -> value
+        self._last_token: dict[int, int] = {}  # row -> newest token sampled for it
+
+    def dispatch(self, plan: StepPlan) -> StepResult:
+        hidden = [[mix(token) for token in self._tokens(entry)] for entry in plan.scheduled]
+        for layer, group in self._layers:
+            for entry, values in zip(plan.scheduled, hidden, strict=True):
+                for i, value in enumerate(values):
+                    position = entry.start + i
+                    slot = self._slot(entry, layer, group, position)
+                    self._memory[slot] = mix(value, position)
+            hidden = [
+                [
+                    mix(value, *self._read(entry, layer, group, entry.start + i))
+                    for i, value in enumerate(values)
+                ]
+                for entry, values in zip(plan.scheduled, hidden, strict=True)
+            ]
+        sampled = []
+        for entry, values in zip(plan.scheduled, hidden, strict=True):
+            token = values[-1] % VOCAB if entry.samples else -1
+            if entry.samples:
+                self._last_token[entry.row] = token
+            sampled.append(token)
+        return StepResult(sampled)
+
+    def _tokens(self, entry: ScheduledRequest) -> list[int]:
+        if entry.is_admitted:
+            self._last_token.pop(entry.row, None)
+        known = entry.request.token_ids[entry.start : entry.start + entry.num_tokens]
+        if len(known) < entry.num_tokens:
+            known.append(self._last_token[entry.row])
+        assert len(known) == entry.num_tokens, "only the newest token can be on the device"
+        return known
+
+    def _read(self, entry: ScheduledRequest, layer: int, group: int, position: int) -> list[int]:
+        first = _first_read(position, self._windows[group])
+        return [
+            self._memory[self._slot(entry, layer, group, p)] for p in range(first, position + 1)
+        ]
+
+    def _slot(
+        self, entry: ScheduledRequest, layer: int, group: int, position: int
+    ) -> tuple[int, int, int]:
+        index, offset = divmod(position, self._page_size)
+        page = entry.page_tables[group][index]
+        assert page != NULL_PAGE, "the null page is read or written"
+        return layer, page, offset
+
+
+def _first_read(position: int, window: int | None) -> int:
+    return 0 if window is None else max(0, position - window + 1)

@@ -1,0 +1,248 @@
+"""Whatever the scheduler does, each request gets the tokens that it would get alone.
+
+Random arrivals, chunk sizes, prefix hits, tiny pools, aborts and depths of run-ahead, against a
+model that computes with what it finds in the pages (`tests/core/fake_device.py`).
+"""
+
+import random
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from jengine.config import SchedulerConfig
+from jengine.core.kv_manager import KVManager
+from jengine.core.plan import StepPlan
+from jengine.core.scheduler import Scheduler
+from jengine.request import FinishReason, Request
+from tests.core.factories import EOS, make_groups, make_kv, make_request
+from tests.core.fake_device import FakeDevice, naive_tokens
+
+MAX_MODEL_LEN = 36
+MAX_STEPS = 2000
+# One entry a layer; layers of equal window share a group. Window 1 reads nothing but itself.
+MODELS = [(None, None), (None, 5), (3, 3), (None, 4, 9), (2, 7), (1, None)]
+
+
+@dataclass(frozen=True)
+class Client:
+    """One request and when things happen to it, in steps."""
+
+    request: Request
+    arrives: int
+    aborts: int | None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    windows: tuple[int | None, ...]
+    page_size: int
+    spare_pages: int  # beyond what the longest request needs alone
+    caching: bool
+    config: SchedulerConfig
+    run_ahead: int
+    clients: tuple[Client, ...]
+    timing_seed: int  # when results are collected before they must be
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    budget = draw(st.integers(1, 12))
+    bases = draw(
+        st.lists(st.lists(st.integers(0, 3), min_size=20, max_size=20), min_size=2, max_size=2)
+    )
+    clients = []
+    for i in range(draw(st.integers(1, 8))):
+        base = draw(st.sampled_from(bases))
+        tail = draw(st.lists(st.integers(0, 3), max_size=4))
+        prompt = base[: draw(st.integers(1, 20))] + tail
+        max_tokens = draw(st.one_of(st.none(), st.integers(1, 14)))
+        request = make_request(
+            str(i),
+            prompt,
+            priority=draw(st.integers(0, 2)),
+            cache_salt=draw(st.sampled_from(["", "", "", "salt"])),
+            arrival_time=float(i),
+            max_tokens=max_tokens,
+            min_tokens=0 if max_tokens is None else draw(st.integers(0, max_tokens)),
+            ignore_eos=draw(st.booleans()),
+            stop_token_ids=draw(st.sampled_from([None, [5]])),
+            skip_reading_prefix_cache=draw(st.sampled_from([None, None, True])),
+            bad_word_ids=draw(st.sampled_from([None, None, [[1]]])),
+        )
+        aborts = draw(st.one_of(st.none(), st.none(), st.integers(0, 40)))
+        clients.append(Client(request, draw(st.integers(0, 15)), aborts))
+    return Scenario(
+        windows=draw(st.sampled_from(MODELS)),
+        page_size=draw(st.integers(1, 4)),
+        spare_pages=draw(st.one_of(st.integers(0, 4), st.just(200))),
+        caching=draw(st.sampled_from([True, True, True, False])),
+        config=SchedulerConfig(
+            max_num_batched_tokens=budget,
+            max_num_seqs=draw(st.integers(1, min(budget, 5))),
+            policy=draw(st.sampled_from(["fcfs", "priority"])),
+        ),
+        run_ahead=draw(st.integers(0, 2)),
+        clients=tuple(clients),
+        timing_seed=draw(st.integers(0, 99)),
+    )
+
+
+@settings(
+    max_examples=250,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(scenarios())
+def test_tokens_equal_one_request_at_a_time(scenario: Scenario) -> None:
+    simulation = Simulation(scenario)
+    simulation.run()
+    stats = simulation.scheduler.stats()
+    event(f"preemptions: {min(stats.num_preemptions, 3)}")
+    event(f"prefix hits: {stats.prefix_hits > 0}")
+
+
+def test_simulation_reaches_the_hard_cases() -> None:
+    """The property above is worth something only if its machinery preempts, hits and aborts."""
+    for policy in ("fcfs", "priority"):
+        for run_ahead in (0, 1, 2):
+            config = SchedulerConfig(max_num_batched_tokens=9, max_num_seqs=4, policy=policy)
+            clients = tuple(_crowd())
+            scenario = Scenario((None, 5), 2, 2, True, config, run_ahead, clients, timing_seed=0)
+            simulation = Simulation(scenario)
+            simulation.run()
+            stats = simulation.scheduler.stats()
+            assert stats.num_preemptions > 0
+            assert stats.prefix_hits > 0
+            assert clients[2].request.finish_reason is FinishReason.ABORT
+
+
+def _crowd() -> Iterator[Client]:
+    prompt = [1, 2, 3, 0, 2, 1, 1, 3, 2, 2]
+    for i in range(5):
+        request = make_request(
+            str(i), [*prompt, i], max_tokens=14, ignore_eos=True, arrival_time=float(i)
+        )
+        yield Client(request, arrives=i, aborts=12 if i == 2 else None)
+
+
+class Simulation:
+    """The engine's loop around a scheduler and a fake device, with every step checked."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.kv = _build_kv(scenario)
+        self.scheduler = Scheduler(scenario.config, self.kv, MAX_MODEL_LEN)
+        self.device = FakeDevice(make_groups(scenario.windows, scenario.page_size))
+
+    def run(self) -> None:
+        scenario, scheduler = self.scenario, self.scheduler
+        timing = random.Random(scenario.timing_seed)
+        in_flight: deque = deque()
+        streams: dict[str, list[int]] = {c.request.request_id: [] for c in scenario.clients}
+        last_event = max(max(c.arrives, c.aborts or 0) for c in scenario.clients)
+        for step in range(MAX_STEPS):
+            self._arrive_and_abort(step)
+            sealed = self._sealed_pages()
+            plan = scheduler.schedule()
+            if plan is not None:
+                self._check_plan(plan, sealed)
+                in_flight.append((plan, self.device.dispatch(plan)))
+            elif not in_flight:
+                assert not scheduler.has_unfinished, "requests wait, but nothing will ever run"
+            while in_flight and (
+                len(in_flight) > scenario.run_ahead or plan is None or timing.random() < 0.2
+            ):
+                for update in scheduler.update(*in_flight.popleft()):
+                    streams[update.request.request_id] += update.new_token_ids
+                if plan is None:
+                    break
+            scheduler.check_integrity()
+            if not (in_flight or scheduler.has_unfinished) and step > last_event:
+                break
+        else:
+            raise AssertionError("the requests never finish")
+        self._check_outputs(streams)
+        assert scheduler.is_idle
+        assert self.kv.num_pages_used == 0
+
+    def _arrive_and_abort(self, step: int) -> None:
+        for client in self.scenario.clients:
+            if client.arrives == step:
+                self.scheduler.add(client.request)
+            if client.aborts == step:
+                self.scheduler.abort([client.request.request_id])
+
+    def _sealed_pages(self) -> list[dict[int, bytes]]:
+        """Per group, the pages that can be found now: nobody may write them while that is so."""
+        return [dict(group.cache._digest_of) for group in self.kv._groups]
+
+    def _check_plan(self, plan: StepPlan, sealed: list[dict[int, bytes]]) -> None:
+        config, page_size = self.scenario.config, self.scenario.page_size
+        assert plan.num_tokens == sum(entry.num_tokens for entry in plan.scheduled)
+        assert 0 < plan.num_tokens <= config.max_num_batched_tokens
+        rows = [entry.row for entry in plan.scheduled]
+        assert len(set(rows)) == len(rows) <= config.max_num_seqs
+        for index, group in enumerate(self.kv._groups):
+            written: set[int] = set()
+            for entry in plan.scheduled:
+                end = entry.start + entry.num_tokens
+                table = entry.page_tables[index]
+                pages = set(table[entry.start // page_size : -(-end // page_size)])
+                assert not pages & written, "two requests write one page"
+                written |= pages
+            for page in written:
+                digest = group.cache._digest_of.get(page)
+                assert digest is None or sealed[index].get(page) != digest, "a full page is written"
+                # Shared while it is written: only with requests admitted into this very step.
+                assert digest is not None or group.pool.num_refs(page) == 1, (
+                    "a shared page is written"
+                )
+
+    def _check_outputs(self, streams: dict[str, list[int]]) -> None:
+        for client in self.scenario.clients:
+            request = client.request
+            assert request.is_finished
+            assert request.finish_reason is not None
+            expected, reason, stop_reason = _expected(self.scenario.windows, request)
+            if request.finish_reason is FinishReason.ABORT:
+                expected = expected[: request.num_output_tokens]
+            else:
+                assert (request.finish_reason, request.stop_reason) == (reason, stop_reason)
+            assert request.output_token_ids == expected
+            assert streams[request.request_id] == expected
+
+
+def _build_kv(scenario: Scenario) -> KVManager:
+    """Pools in which the longest request just fits, plus the spare pages."""
+    groups = make_groups(scenario.windows, scenario.page_size)
+    budget = scenario.config.max_num_batched_tokens
+    num_needed = max(group.max_pages(MAX_MODEL_LEN - 1, budget) for group in groups)
+    kv = make_kv(
+        scenario.windows,
+        page_size=scenario.page_size,
+        num_pages=1 + num_needed + scenario.spare_pages,
+        caching=scenario.caching,
+    )
+    assert kv.max_request_tokens(budget) >= MAX_MODEL_LEN - 1
+    return kv
+
+
+def _expected(
+    windows: tuple[int | None, ...], request: Request
+) -> tuple[list[int], FinishReason, int | None]:
+    sampling = request.sampling
+    num_prompt = request.num_prompt_tokens
+    room = MAX_MODEL_LEN - num_prompt
+    limit = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+    tokens = naive_tokens(windows, request.prompt_token_ids, limit)
+    for i, token in enumerate(tokens):
+        if i + 1 < sampling.min_tokens:
+            continue
+        if token == EOS and not sampling.ignore_eos:
+            return tokens[: i + 1], FinishReason.STOP, None
+        if token in (sampling.stop_token_ids or ()):
+            return tokens[: i + 1], FinishReason.STOP, token
+    return tokens, FinishReason.LENGTH, None
