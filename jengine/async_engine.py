@@ -17,14 +17,14 @@ import msgspec
 
 from jengine.config import EngineConfig
 from jengine.core_client import ENGINE_CORE, CoreClient, ProcessCoreClient, ThreadCoreClient
-from jengine.errors import DuplicateRequestError, EngineDeadError, EngineDrainingError, JengineError, UnsupportedError
+from jengine.errors import DuplicateRequestError, EngineDeadError, EngineDrainingError, JengineError
+from jengine.front_end import build_model_info, check_greeting
 from jengine.input_processor import SEED_BITS, InputProcessor, PreparedRequest, Prompt
 from jengine.loading.checkpoint import open_checkpoint
-from jengine.model_info import ModelInfo, build_model_info
+from jengine.model_info import ModelInfo
 from jengine.output_processor import OutputProcessor, RequestState
 from jengine.outputs import RequestOutput
 from jengine.protocol import (
-    PROTOCOL_VERSION,
     AbortRequests,
     CallUtility,
     CoreDead,
@@ -56,7 +56,6 @@ class AsyncEngine:
 
     def __init__(self, client: CoreClient) -> None:
         self.stats = EngineStats()
-        self._tokenizer: Tokenizer | None = None
         self._client = client
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[CoreReady] = self._loop.create_future()
@@ -91,10 +90,7 @@ class AsyncEngine:
             if not config.model.skip_tokenizer_init:
                 tokenizer = await engine._in_text_pool(checkpoint.load_tokenizer, config.model.tokenizer)
             ready = await engine._ready
-            if ready.protocol_version != PROTOCOL_VERSION:
-                raise EngineDeadError(
-                    f"the engine core speaks protocol version {ready.protocol_version}, not {PROTOCOL_VERSION}"
-                )
+            check_greeting(ready)
             engine._set_up(config, ready, build_model_info(config, checkpoint, tokenizer, ready), tokenizer)
         except BaseException:
             await engine.shutdown()
@@ -104,7 +100,7 @@ class AsyncEngine:
     def _set_up(
         self, config: EngineConfig, ready: CoreReady, model_info: ModelInfo, tokenizer: Tokenizer | None
     ) -> None:
-        self.ready, self.model_info, self._tokenizer = ready, model_info, tokenizer
+        self.ready, self.model_info = ready, model_info
         draw_seed = functools.partial(secrets.randbits, SEED_BITS)
         self._inputs = InputProcessor(config, model_info, tokenizer, draw_seed)
         self._outputs = OutputProcessor(tokenizer)
@@ -210,9 +206,7 @@ class AsyncEngine:
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises `UnsupportedError` if the engine was started with `skip_tokenizer_init`."""
-        if self._tokenizer is None:
-            raise UnsupportedError("the engine was started without a tokenizer (skip_tokenizer_init)")
-        return self._tokenizer
+        return self._inputs.tokenizer
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`."""
@@ -234,7 +228,7 @@ class AsyncEngine:
     ) -> str:
         """The prompt of a conversation; `kwargs` go to the template. Encode it without special tokens."""
         return await self._in_text_pool(
-            self.tokenizer.apply_chat_template,
+            self._inputs.render_chat,
             list(messages),
             tools=tools,
             add_generation_prompt=add_generation_prompt,
@@ -284,7 +278,7 @@ class AsyncEngine:
             del self._calls[call_id]
         if result.error is not None:
             raise JengineError(f"{method}: {result.error}")
-        return None if result.value is None else msgspec.msgpack.decode(result.value)
+        return msgspec.msgpack.decode(result.value)
 
     async def drain(self, timeout: float) -> None:
         """Refuse new requests, let the open ones finish for `timeout` seconds, then abort the rest."""

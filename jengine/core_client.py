@@ -170,9 +170,13 @@ class ProcessCoreClient:
         if self._is_stopped:
             return
         messages: list[FromCore] = []
-        with contextlib.suppress(zmq.Again):
+        try:
             while True:
                 messages.append(self._decoder.decode(self._inbox.recv(zmq.NOBLOCK)))
+        except zmq.Again:
+            pass
+        except msgspec.DecodeError as error:  # better dead than half understood
+            messages.append(CoreDead(f"the engine core sent an unreadable message: {error}"))
         if messages and not self._has_died:
             self._has_died = isinstance(messages[-1], CoreDead)
             self._deliver(messages)

@@ -64,13 +64,20 @@ class EngineCore:
     def run(self) -> None:
         """Load, warm up, report `CoreReady`, then serve. Any failure is reported as `CoreDead`."""
         try:
-            self._start()
+            self.start()
             while not self._is_over():
-                self._turn()
+                self.turn()
         except Exception as error:  # the last line of defence: tell the front end instead of vanishing
             log.error("engine core stopped: %s", traceback.format_exc())
             known = isinstance(error, (JengineError, ValueError, OSError))
             self._emit(CoreDead(str(error) if known else f"{type(error).__name__}: {error}"))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would do anything: a message waits, a request runs or a step is in flight."""
+        return bool(
+            self._in_flight or self.scheduler.has_unfinished or not self._inbox.empty()
+        )
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -79,7 +86,8 @@ class EngineCore:
             padded_tokens=self._padded_tokens,
         )
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Load the model, prepare every executable, report `CoreReady`."""
         started = time.perf_counter()
         device = jax.devices()[0]
         loaded = load_model(self._config, device, log.debug)
@@ -105,7 +113,7 @@ class EngineCore:
             )
         )
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
         """One turn of the loop: read messages, start a step if there is one, finish the oldest if it is its time."""
         self._read_inbox()
         plan = self.scheduler.schedule() if len(self._in_flight) < self._depth else None

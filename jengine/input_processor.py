@@ -14,7 +14,8 @@ from typing import Any, TypedDict
 import msgspec
 
 from jengine.config import EngineConfig
-from jengine.errors import InvalidRequestError
+from jengine.errors import InvalidRequestError, UnsupportedError
+from jengine.front_end import read_chat_template
 from jengine.model_info import ModelInfo
 from jengine.protocol import CoreRequest
 from jengine.request import MAX_BANNED_IDS, SamplingParams
@@ -73,6 +74,14 @@ class InputProcessor:
         self._tokenizer = tokenizer
         self._draw_seed = draw_seed
         self._serial = itertools.count()
+        self._chat_template = read_chat_template(config.model.chat_template)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises `UnsupportedError` if the engine was started with `skip_tokenizer_init`."""
+        if self._tokenizer is None:
+            raise UnsupportedError("the engine was started without a tokenizer (skip_tokenizer_init)")
+        return self._tokenizer
 
     def prepare(
         self,
@@ -112,6 +121,13 @@ class InputProcessor:
     def encode_prompt(self, prompt: Any) -> list[int]:
         """Token ids of any form of prompt, checked against the vocabulary and the model's length."""
         return self._fit_prompt(self._read_prompt(prompt, "", add_special_tokens=True)[1], SamplingParams())
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None, **kwargs: Any
+    ) -> str:
+        """The prompt of a conversation, by `chat_template`, else the engine's, else the model's."""
+        template = self._chat_template if chat_template is None else chat_template
+        return self.tokenizer.apply_chat_template(messages, chat_template=template, **kwargs)
 
     def _check_envelope(self, request_id: str, priority: int, cache_salt: str) -> None:
         if not isinstance(request_id, str) or not request_id:

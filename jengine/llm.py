@@ -178,7 +178,7 @@ class LLM:
         return self._engine.ready.memory_plan
 
     def get_tokenizer(self) -> Tokenizer:
-        return self._engine.tokenizer
+        return self._engine.inputs.tokenizer
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Number of devices."""
@@ -249,9 +249,8 @@ class LLM:
 
     def _render(self, conversation: Sequence[Message], **kwargs: Any) -> TokensPrompt:
         """The template writes special tokens itself, so none are added when its text is tokenised."""
-        tokenizer = self.get_tokenizer()
-        text = tokenizer.apply_chat_template(list(conversation), **kwargs)
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        text = self._engine.inputs.render_chat(list(conversation), **kwargs)
+        return {"prompt": text, "prompt_token_ids": self.get_tokenizer().encode(text, add_special_tokens=False)}
 
     def _add(
         self,

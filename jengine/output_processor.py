@@ -7,15 +7,14 @@ therefore gets fewer, larger outputs, loses nothing, and costs no memory beyond 
 
 from collections.abc import Callable, Sequence
 
-from jengine.errors import DuplicateRequestError, JengineError, QueueFullError
+from jengine.errors import DuplicateRequestError, InvalidRequestError, JengineError, QueueFullError
 from jengine.input_processor import PreparedRequest
 from jengine.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput, RequestTimings
-from jengine.protocol import CoreOutput, LogprobsData, StepOutputs
+from jengine.protocol import CoreOutput, LogprobsData, Refusal, StepOutputs
 from jengine.request import FinishReason, RequestOutputKind, SamplingParams
 from jengine.text.detokenizer import IncrementalDetokenizer
+from jengine.text.stop import StopChecker
 from jengine.text.tokenizer import Tokenizer
-
-QUEUE_FULL = "queue_full:"  # how `CoreOutput.error` begins when the bounded waiting queue refused a request
 
 
 class OutputProcessor:
@@ -51,8 +50,8 @@ class OutputProcessor:
                 continue  # ended here already; the core was a step ahead
             state, completion = found
             state.note_progress(output, completion.index, message.timestamp)
-            if output.error is not None and output.error.startswith(QUEUE_FULL):
-                state.error = QueueFullError(output.error.removeprefix(QUEUE_FULL).strip())
+            if output.refusal is not None:
+                state.error = _build_refusal(output)
                 stopped += self.finish(state.request_id, FinishReason.ERROR)
             else:
                 completion.extend(output)
@@ -166,7 +165,6 @@ class CompletionState:
         self._num_tokens_taken = 0
         self._num_chars_taken = 0
         self._text = ""
-        self._num_held_back = 0  # characters at the end of `_text` that may turn out to begin a stop string
         self._decode = tokenizer.id_to_token if tokenizer is not None else _no_text
         self._detokenizer: IncrementalDetokenizer | None = None
         if tokenizer is not None and sampling.detokenize:
@@ -176,7 +174,11 @@ class CompletionState:
                 skip_special_tokens=sampling.skip_special_tokens,
                 spaces_between_special_tokens=sampling.spaces_between_special_tokens,
             )
-        self._stops = StopStrings(sampling)
+        self._stops: StopChecker | None = None
+        if sampling.stop_strings:
+            self._stops = StopChecker(
+                sampling.stop_strings, include_stop_str_in_output=sampling.include_stop_str_in_output
+            )
 
     @property
     def is_finished(self) -> bool:
@@ -201,25 +203,25 @@ class CompletionState:
             self.finish(output.finish_reason, output.stop_reason if output.error is None else output.error)
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None) -> None:
-        """End the completion. Bytes that the detokeniser holds back become text, and may complete a stop string."""
+        """End the completion. What the detokeniser holds back becomes text, and may complete a stop string."""
+        self.has_news = True
         if self._detokenizer is not None and self._add_text(self._detokenizer.finish()):
             return
+        if self._stops is not None:
+            self._text += self._stops.finish()
         self._finish_reason, self._stop_reason = reason, stop_reason
-        self._num_held_back = 0
-        self.has_news = True
 
     def take(self, kind: RequestOutputKind) -> CompletionOutput:
         self.has_news = False
-        visible = len(self._text) - self._num_held_back
         if kind is RequestOutputKind.DELTA:
-            text = self._text[self._num_chars_taken : visible]
+            text = self._text[self._num_chars_taken :]
             token_ids = self._token_ids[self._num_tokens_taken :]
             logprobs, self._logprobs = self._logprobs, None if self._logprobs is None else []
         else:
-            text = self._text[:visible]
+            text = self._text
             token_ids = self._token_ids.copy()
             logprobs = None if self._logprobs is None else self._logprobs.copy()
-        self._num_chars_taken, self._num_tokens_taken = visible, len(self._token_ids)
+        self._num_chars_taken, self._num_tokens_taken = len(self._text), len(self._token_ids)
         return CompletionOutput(
             index=self.index,
             text=text,
@@ -231,57 +233,17 @@ class CompletionState:
         )
 
     def _add_text(self, text: str) -> bool:
-        """Append text and look for stop strings in it. Returns whether one ended the completion."""
-        if not text:
-            return False
-        self._text += text
-        if not self._stops:
+        """Append text, without what may begin a stop string. Returns whether a stop string ended the completion."""
+        if self._stops is None:
+            self._text += text
             return False
         # A stop string counts if it ends after min_tokens; it may have begun before.
-        is_counted = len(self._token_ids) > self._sampling.min_tokens
-        if is_counted and (match := self._stops.find(self._text, num_new=len(text))) is not None:
-            stop, end = match
-            self._text = self._text[:end]
-            self._finish_reason, self._stop_reason = FinishReason.STOP, stop
-            self._num_held_back = 0
-            self.has_news = True
-            return True
-        self._num_held_back = self._stops.num_to_hold_back(self._text)
-        return False
-
-
-class StopStrings:
-    """The stop strings of a request, searched for in text that grows."""
-
-    def __init__(self, sampling: SamplingParams) -> None:
-        self._stops = sampling.stop_strings
-        self._is_included = sampling.include_stop_str_in_output
-        self._longest = max(map(len, self._stops), default=0)
-
-    def __bool__(self) -> bool:
-        return bool(self._stops)
-
-    def find(self, text: str, num_new: int) -> tuple[str, int] | None:
-        """The first stop string that ends in the last `num_new` characters, and where the text is to be cut."""
-        best: tuple[int, str] | None = None
-        for stop in self._stops:
-            begin = text.find(stop, max(0, len(text) - num_new - len(stop) + 1))
-            if begin >= 0 and (best is None or begin < best[0]):
-                best = begin, stop
-        if best is None:
-            return None
-        begin, stop = best
-        return stop, begin + len(stop) if self._is_included else begin
-
-    def num_to_hold_back(self, text: str) -> int:
-        """Characters at the end of `text` that a stop string may begin with, so that they cannot be shown yet."""
-        if self._is_included:
-            return 0
-        for count in range(min(self._longest - 1, len(text)), 0, -1):
-            tail = text[-count:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return count
-        return 0
+        self._text += self._stops.add(text, may_match=len(self._token_ids) > self._sampling.min_tokens)
+        if self._stops.match is None:
+            return False
+        self._finish_reason, self._stop_reason = FinishReason.STOP, self._stops.match.stop
+        self.has_news = True
+        return True
 
 
 def build_position_logprobs(data: LogprobsData, decode: Callable[[int], str | None]) -> PositionLogprobs:
@@ -292,6 +254,14 @@ def build_position_logprobs(data: LogprobsData, decode: Callable[[int], str | No
         if token_id != chosen:
             result[token_id] = Logprob(logprob, rank, decode(token_id))
     return result
+
+
+def _build_refusal(output: CoreOutput) -> JengineError:
+    message = output.error or "the engine refused the request"
+    if output.refusal is Refusal.QUEUE_FULL:
+        return QueueFullError(message)
+    field, _, reason = message.partition(": ")  # as `InvalidRequestError` prints itself
+    return InvalidRequestError(field, reason) if reason else InvalidRequestError("prompt", message)
 
 
 def _best(data: LogprobsData) -> "zip[tuple[int, float]]":

@@ -10,6 +10,7 @@ import msgspec
 from jengine.request import FinishReason, SamplingParams
 
 PROTOCOL_VERSION = 1
+NIL = msgspec.Raw(b"\xc0")  # msgpack's None
 
 
 class CoreRequest(msgspec.Struct, tag="add", array_like=True):
@@ -107,7 +108,7 @@ class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):
 
 class UtilityResult(msgspec.Struct, tag="result", array_like=True):
     call_id: int
-    value: msgspec.Raw | None = None
+    value: msgspec.Raw = NIL  # not optional by type: msgspec cannot decode a union with Raw
     error: str | None = None
 
 

@@ -16,14 +16,13 @@ import msgspec
 from jengine.config import EngineConfig
 from jengine.core_client import ENGINE_CORE, ThreadCoreClient
 from jengine.core_process import Core
-from jengine.errors import EngineDeadError, JengineError, UnsupportedError
+from jengine.errors import EngineDeadError, JengineError
+from jengine.front_end import build_model_info, check_greeting
 from jengine.input_processor import SEED_BITS, InputProcessor, PreparedRequest
 from jengine.loading.checkpoint import open_checkpoint
-from jengine.model_info import build_model_info
 from jengine.output_processor import OutputProcessor, RequestState
 from jengine.outputs import RequestOutput
 from jengine.protocol import (
-    PROTOCOL_VERSION,
     AbortRequests,
     CallUtility,
     CoreDead,
@@ -47,9 +46,9 @@ class SyncEngine:
 
     def __init__(self, config: EngineConfig, core_factory: str = ENGINE_CORE) -> None:
         checkpoint = open_checkpoint(config.model)
-        self._tokenizer: Tokenizer | None = None
+        tokenizer: Tokenizer | None = None
         if not config.model.skip_tokenizer_init:
-            self._tokenizer = checkpoint.load_tokenizer(config.model.tokenizer)
+            tokenizer = checkpoint.load_tokenizer(config.model.tokenizer)
         self.stats = EngineStats()
         self._greeting: CoreReady | None = None
         self._dead_error: str | None = None
@@ -59,7 +58,7 @@ class SyncEngine:
         self._num_in_core = 0  # completions sent and not finished
         self._max_in_core = config.scheduler.max_num_waiting
         self._finished: dict[str, RequestOutput | JengineError] = {}
-        self._outputs = OutputProcessor(self._tokenizer)
+        self._outputs = OutputProcessor(tokenizer)
         self._client = ThreadCoreClient(config, core_factory)
         # A program that forgets `close` must end cleanly all the same. Registered once the core has imported jax,
         # so that it runs before jax takes its back ends down; `finalize`'s own exit hook may run after.
@@ -68,27 +67,19 @@ class SyncEngine:
         atexit.register(self._stop)
         try:
             self.ready = self._wait_for(lambda: self._greeting)
-            if self.ready.protocol_version != PROTOCOL_VERSION:
-                raise EngineDeadError(f"the engine core speaks protocol version {self.ready.protocol_version}")
+            check_greeting(self.ready)
         except BaseException:
             self.close()
             raise
-        self.model_info = build_model_info(config, checkpoint, self._tokenizer, self.ready)
+        self.model_info = build_model_info(config, checkpoint, tokenizer, self.ready)
         # Seeds that requests do not bring come from the engine's, in order: a script gives the same texts every time.
         draw_seed = random.Random(config.model.seed).getrandbits
-        self.inputs = InputProcessor(config, self.model_info, self._tokenizer, lambda: draw_seed(SEED_BITS))
+        self.inputs = InputProcessor(config, self.model_info, tokenizer, lambda: draw_seed(SEED_BITS))
 
     @property
     def core(self) -> Core:
         """The live core."""
         return self._client.core
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Raises `UnsupportedError` if the engine was started with `skip_tokenizer_init`."""
-        if self._tokenizer is None:
-            raise UnsupportedError("the engine was started without a tokenizer (skip_tokenizer_init)")
-        return self._tokenizer
 
     def add(self, requests: Iterable[PreparedRequest]) -> None:
         """Start requests; more than the core's bounded queue takes follow as others finish, during `run`."""
@@ -123,7 +114,7 @@ class SyncEngine:
         result = self._wait_for(lambda: self._results.pop(call_id, None))
         if result.error is not None:
             raise JengineError(f"{method}: {result.error}")
-        return None if result.value is None else msgspec.msgpack.decode(result.value)
+        return msgspec.msgpack.decode(result.value)
 
     def close(self) -> None:
         """Stop the core and free the device. Idempotent; also done when the object or the program ends."""

@@ -43,11 +43,12 @@ _STATUSES: tuple[tuple[type[JengineError], grpc.StatusCode, str], ...] = (
 )
 
 
-class answered:  # noqa: N801 - reads as a statement: `async with answered(context):`
-    """Turns what escapes the block into a status. Cancellation and closing pass through untouched.
+class answered:
+    """Turns what escapes `async with answered(context):` into a status. Cancellation passes
+    through.
 
-    A context manager rather than a decorator: grpc.aio looks at the handler to see whether it is an async generator, so
-    handlers must stay what they are.
+    A context manager rather than a decorator: grpc.aio looks at the handler to see whether it is an
+    async generator, so handlers must stay what they are.
     """
 
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
@@ -72,7 +73,9 @@ class answered:  # noqa: N801 - reads as a statement: `async with answered(conte
             await self._abort_with_bug(error)
 
     async def _abort_with_bug(self, error: Exception) -> NoReturn:
-        """The text of an unforeseen error may hold anything: it goes to the log, its number to the client."""
+        """The text of an unforeseen error may hold anything: it goes to the log, its number to the
+        client.
+        """
         number = new_request_id("err-")
         logger.error("internal error %s", number, exc_info=error)
         await self._context.abort(grpc.StatusCode.INTERNAL, f"internal error {number}")

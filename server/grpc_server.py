@@ -101,7 +101,10 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
 def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", -1),  # what we send is bounded by max_logprobs and max_model_len
+        (
+            "grpc.max_send_message_length",
+            -1,
+        ),  # what we send is bounded by max_logprobs and max_model_len
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share
         # A dead peer must not hold pages: ping silent connections, drop those that do not answer.
         ("grpc.keepalive_time_ms", 30_000),

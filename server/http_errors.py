@@ -49,18 +49,20 @@ _PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
 
 
-def error_body(status: int, message: str, kind: str = "", param: str | None = None) -> ErrorResponse:
+def error_body(
+    status: int, message: str, kind: str = "", param: str | None = None
+) -> ErrorResponse:
     kind = kind or _TYPES.get(HTTPStatus(status), "BadRequestError")
     return ErrorResponse(ErrorBody(message=message, type=kind, param=param, code=int(status)))
 
 
 def describe(error: Exception) -> tuple[ErrorResponse, int]:
     """Body and status of an error raised on purpose."""
-    for kind, status, name in _STATUSES:
+    status, name = HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"
+    for kind, its_status, its_name in _STATUSES:
         if isinstance(error, kind):
+            status, name = its_status, its_name
             break
-    else:
-        status, name = HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"
     param = error.field if isinstance(error, InvalidRequestError) else None
     if isinstance(error, ModelNotFoundError):
         param = "model"
@@ -107,7 +109,9 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    """The text of an unforeseen error may hold anything: Starlette logs it, the client gets a number."""
+    """The text of an unforeseen error may hold anything: Starlette logs it, the client gets a
+    number.
+    """
     number = new_request_id("err-")
     logger.error("internal error %s", number, exc_info=error)
     body = error_body(500, f"internal error {number}", "InternalServerError")

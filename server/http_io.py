@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -30,6 +30,12 @@ _STREAM_HEADERS = [
 ]
 
 
+class Closable(Protocol):
+    """What the events are made from."""
+
+    async def aclose(self) -> None: ...
+
+
 class ClientGoneError(Exception):
     """Nobody is left to answer."""
 
@@ -49,7 +55,9 @@ async def read_body(request: Request, kind: type[T]) -> T:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`, cancelling it when the client disconnects: servers do not do that for plain handlers."""
+    """Run `work`, cancelling it when the client disconnects: servers do not do that for plain
+    handlers.
+    """
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(request.receive))
     try:
@@ -62,14 +70,19 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """Server-sent events from an async generator of encoded events, which is closed when the client goes away.
+    """Server-sent events from an async generator of encoded events, which is closed when the client
+    goes away.
 
-    A class of its own because Starlette's watches for a disconnect only with some servers, and because long silences
-    (a queued request, a long prompt) need comment lines to keep proxies and peers awake.
+    A class of its own because Starlette's watches for a disconnect only with some servers, and
+    because long silences (a queued request, a long prompt) need comment lines to keep proxies and
+    peers awake.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], ping_seconds: float) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], source: Closable, ping_seconds: float
+    ) -> None:
         self._events = events
+        self._source = source
         self._ping_seconds = ping_seconds
         self._last_sent = 0.0
         self.status_code = 200
@@ -89,6 +102,9 @@ class EventStream(Response):
         finally:
             await _cancel(writer, watcher)
             await self._events.aclose()
+            await (
+                self._source.aclose()
+            )  # closing a generator that never ran does not reach its source
 
     async def _write(self, send: Send) -> None:
         loop = asyncio.get_running_loop()

@@ -1,4 +1,6 @@
-"""Limits, keys, request ids and counting, as plain ASGI: no copy of the body, no extra task per request."""
+"""Limits, keys, request ids and counting, as plain ASGI: no copy of the body, no extra task per
+request.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ import hmac
 import time
 from collections.abc import Iterable
 
-import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,7 +24,9 @@ MAX_HEADERS = 128
 
 
 class LimitMiddleware:
-    """Refuses large headers (431) and counts the body as it arrives (413), whatever its length header says."""
+    """Refuses large headers (431) and counts the body as it arrives (413), whatever its length
+    header says.
+    """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -68,7 +71,9 @@ class LimitMiddleware:
 
 
 class KeyMiddleware:
-    """Every path needs a key, unless it is in `OPEN_PATHS`. Decides on the raw path alone: URLs can be made to lie."""
+    """Every path needs a key, unless it is in `OPEN_PATHS`. Decides on the raw path alone: URLs can
+    be made to lie.
+    """
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
@@ -95,9 +100,10 @@ class KeyMiddleware:
 class CountMiddleware:
     """Counts and times each request, and hands `x-request-id` back."""
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, paths: Iterable[str]) -> None:
         self._app = app
         self._metrics = metrics
+        self._paths = frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -110,8 +116,8 @@ class CountMiddleware:
             try:
                 check_request_id(request_id, "x-request-id")
             except InvalidRequestError as error:
-                body = msgspec.to_builtins(error_body(400, str(error), param=error.field))
-                await json_response(body, 400)(scope, receive, send)
+                refusal = json_response(error_body(400, str(error), param=error.field), 400)
+                await refusal(scope, receive, send)
                 return
 
         async def noted(message: Message) -> None:
@@ -126,10 +132,10 @@ class CountMiddleware:
         try:
             await self._app(scope, receive, noted)
         finally:
-            # The route's own path, so that made-up paths do not make series without end.
-            route = scope.get("route")
-            handler = route.path if route is not None else "none"
-            method = scope["method"] if route is not None else "none"
+            # Made-up paths and methods must not make series without end.
+            is_known = scope["path"] in self._paths
+            handler = scope["path"] if is_known else "none"
+            method = scope["method"] if is_known and status != 405 else "none"
             self._metrics.http_requests.labels(handler, method, f"{status // 100}xx").inc()
             elapsed = time.perf_counter() - started
             self._metrics.http_duration.labels(handler, method).observe(elapsed)

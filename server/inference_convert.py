@@ -11,7 +11,16 @@ from jengine.request import RequestOutputKind, SamplingParams
 from jengine.server.proto import engine_pb2
 
 _OPTIONAL_FIELDS = (
-    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty"),
+    *(
+        "n",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "presence_penalty",
+        "frequency_penalty",
+    ),
     *("repetition_penalty", "max_tokens", "min_tokens", "include_stop_str_in_output", "ignore_eos"),
     *("logprobs", "prompt_logprobs", "truncate_prompt_tokens", "skip_special_tokens"),
     "spaces_between_special_tokens",
@@ -82,7 +91,9 @@ def wants_token_ids(output: engine_pb2.OutputOptions) -> bool:
 
 
 class ResponseBuilder:
-    """Builds the messages of one stream. Holds what only some of them carry: counts so far, whether one was sent."""
+    """Builds the messages of one stream. Holds what only some of them carry: counts so far, whether
+    one was sent.
+    """
 
     def __init__(self, request_id: str, options: engine_pb2.OutputOptions) -> None:
         self._request_id = request_id

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import grpc
+
 from jengine.errors import InvalidRequestError
 from jengine.request import SamplingParams
 from jengine.server.grpc_errors import answered

@@ -1,4 +1,4 @@
-"""Logging of the server process: lines for people on a terminal, JSON lines for machines elsewhere."""
+"""Logging of the server process: text on a terminal, JSON lines for machines elsewhere."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ class ConsoleFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
+    def formatMessage(self, record: logging.LogRecord) -> str:
         fields = " ".join(f"{key}={value}" for key, value in _fields(record).items())
         line = super().formatMessage(record)
         return f"{line}  {fields}" if fields else line
@@ -45,6 +45,12 @@ def configure(level: str = "info", log_format: LogFormat = "auto") -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # uvicorn's access lines would double our own line for each request.
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+
+
+def check_format(name: str) -> LogFormat:
+    if name not in ("auto", "console", "json"):
+        raise ValueError(f"log format must be auto, console or json, got {name!r}")
+    return name
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

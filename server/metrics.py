@@ -1,7 +1,8 @@
-"""Prometheus metrics under vLLM's names, so that its dashboards and routers read us unchanged; ours beside them.
+"""Prometheus metrics under vLLM's names, so that its dashboards and routers read us unchanged; ours
+beside them.
 
-Load and totals come from the engine's own snapshot when scraped; only what the front end alone can see (latencies of
-requests) is observed as it happens.
+Load and totals come from the engine's own snapshot when scraped; only what the front end alone can
+see (latencies of requests) is observed as it happens.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ _HTTP_BUCKETS = (0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 10.0, 60.0)
 
 
 class ServerMetrics:
-    """All series of one process, in a registry of its own (tests start many servers in one process)."""
+    """All series of one process, in a registry of its own (tests start many servers in one
+    process).
+    """
 
     def __init__(self, model_name: str, max_model_len: int = 131072) -> None:
         self.registry = CollectorRegistry()
@@ -45,16 +48,24 @@ class ServerMetrics:
         sizes = length_buckets(max_model_len)
         seconds = _REQUEST_BUCKETS
         h = self._histogram
-        self.time_to_first_token = h("time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
+        self.time_to_first_token = h(
+            "time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS
+        )
         self.inter_token_latency = h(
-            "inter_token_latency_seconds", "Time between tokens of streamed requests.", _TOKEN_BUCKETS
+            "inter_token_latency_seconds",
+            "Time between tokens of streamed requests.",
+            _TOKEN_BUCKETS,
         )
         self.time_per_output_token = h(
-            "request_time_per_output_token_seconds", "Mean time per token after the first.", _TOKEN_BUCKETS
+            "request_time_per_output_token_seconds",
+            "Mean time per token after the first.",
+            _TOKEN_BUCKETS,
         )
         self.e2e_latency = h("e2e_request_latency_seconds", "Arrival to last token.", seconds)
         self.queue_time = h("request_queue_time_seconds", "Arrival to first step.", seconds)
-        self.inference_time = h("request_inference_time_seconds", "First step to last token.", seconds)
+        self.inference_time = h(
+            "request_inference_time_seconds", "First step to last token.", seconds
+        )
         self.prefill_time = h("request_prefill_time_seconds", "First step to first token.", seconds)
         self.decode_time = h("request_decode_time_seconds", "First to last token.", seconds)
         self.prompt_tokens = h("request_prompt_tokens", "Prompt length.", sizes)
@@ -88,7 +99,10 @@ class ServerMetrics:
             registry=self.registry,
         )
         self.http_requests = Counter(
-            "http_requests", "HTTP requests.", ("handler", "method", "status"), registry=self.registry
+            "http_requests",
+            "HTTP requests.",
+            ("handler", "method", "status"),
+            registry=self.registry,
         )
         self.http_duration = Histogram(
             "http_request_duration_seconds",
@@ -159,7 +173,11 @@ class EngineCollector(Collector):
             ("vllm:prompt_tokens_cached", "Of them, from the cache.", stats.prefix_hits),
             ("vllm:generation_tokens", "Tokens generated.", stats.num_generation_tokens),
             ("jengine:steps", "Steps run.", stats.num_steps),
-            ("jengine:compilations", "Compilations after warm-up: each is a bug.", stats.num_compilations),
+            (
+                "jengine:compilations",
+                "Compilations after warm-up: each is a bug.",
+                stats.num_compilations,
+            ),
         ):
             yield self._counter(name, text, value)
         computed = max(stats.num_prompt_tokens - stats.prefix_hits, 0)

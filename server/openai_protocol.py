@@ -1,7 +1,8 @@
 """Requests of the OpenAI API, with vLLM's extra fields, as msgspec structs.
 
-Fields that are not listed are ignored (SDKs add new ones all the time). Fields that are listed in `refused` are ones
-that change what the answer means and that this version cannot honour: they are refused, naming the field.
+Fields that are not listed are ignored (SDKs add new ones all the time). Fields that are listed in
+`refused` are ones that change what the answer means and that this version cannot honour: they are
+refused, naming the field.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class StreamOptions(msgspec.Struct):
 
 
 class SamplingRequest(msgspec.Struct, kw_only=True):
-    """Fields that completions and chat completions share. None: the model's default, else SamplingParams'."""
+    """Fields that completions and chat completions share. None: the model's default, else
+    SamplingParams'.
+    """
 
     model: str | None = None
     n: int | None = None
@@ -79,7 +82,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     length_penalty: float | None = None
     repetition_detection: Any = None
 
-    def check(self, extra: Mapping[str, object] = {}) -> None:  # noqa: B006 - never written
+    def check(self, extra: Mapping[str, object]) -> None:
         """Refuse what cannot be honoured, and check what `SamplingParams` does not."""
         refused: dict[str, object] = {
             "response_format": (self.response_format or {}).get("type", "text") != "text",
@@ -156,9 +159,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
             allowed_token_ids=self.allowed_token_ids,
             bad_words=self.bad_words or None,
             logit_bias=self.logit_bias,
-            output_kind=(
-                RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
-            ),
+            output_kind=(RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY),
         )
 
 
@@ -176,6 +177,8 @@ class CompletionRequest(SamplingRequest, kw_only=True):
         self.check({"suffix": self.suffix, "best_of": best_of})
         if self.stream and self.prompt_logprobs is not None:
             raise InvalidRequestError("prompt_logprobs", "is not available with stream=true")
+        if self.stream and self.echo and self.logprobs is not None and (self.n or 1) > 1:
+            raise InvalidRequestError("n", "must be 1 to stream echo with logprobs")
         num_prompts = len(self.prompts())
         if num_prompts > MAX_PROMPTS or num_prompts * max(self.n or 1, 1) > MAX_CHOICES:
             raise InvalidRequestError(
@@ -229,7 +232,8 @@ class Message(msgspec.Struct):
         return result
 
 
-# Arguments of the renderer itself; letting a request set them has let requests block servers (CVE-2025-62426).
+# Arguments of the renderer itself; letting a request set them has let requests block servers
+# (CVE-2025-62426).
 RESERVED_TEMPLATE_NAMES = frozenset(
     {"messages", "tools", "tokenize", "chat_template", "add_generation_prompt"}
     | {"continue_final_message", "documents"}

@@ -1,4 +1,6 @@
-"""What both protocols share: the engine (once there is one), settings, metrics, and whether to serve at all."""
+"""What both protocols share: the engine (once there is one), settings, metrics, and whether to
+serve at all.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Status(StrEnum):
 
 @dataclass(slots=True)
 class ServerState:
-    """One for each process, written by `app.ServerApp` alone. `engine` is None until it is ready to serve."""
+    """One for each process, written by `app.ServerApp` alone. `engine` is None until it is ready to
+    serve.
+    """
 
     settings: ServerSettings
     config: EngineConfig

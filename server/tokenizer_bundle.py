@@ -44,7 +44,9 @@ class TokenizerBundle:
 
 
 def build_bundle(tokenizer: "Tokenizer", folder: Path | None) -> TokenizerBundle:
-    """Zip `folder`'s tokenizer files; without a folder (GGUF) the tokenizer writes them first. Blocks."""
+    """Zip `folder`'s tokenizer files; without a folder (GGUF) the tokenizer writes them first.
+    Blocks.
+    """
     if folder is not None:
         return zip_folder(folder)
     with tempfile.TemporaryDirectory(prefix="jengine-tokenizer-") as scratch:

@@ -1,10 +1,12 @@
-"""Every request of every protocol passes `tracked`: it runs it, measures it, logs it, and lets go of it."""
+"""Every request of every protocol passes `tracked`: it runs it, measures it, logs it, and lets go
+of it.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,8 +34,12 @@ class Submission:
     deadline: float | None = None
 
 
-async def tracked(state: ServerState, submission: Submission) -> AsyncIterator[RequestOutput]:
-    """The outputs of one request. Closing the iterator aborts it: its pages are free within one step."""
+async def tracked(
+    state: ServerState, submission: Submission
+) -> AsyncGenerator[RequestOutput, None]:
+    """The outputs of one request. Closing the iterator aborts it: its pages are free within one
+    step.
+    """
     engine = state.serving_engine()
     prompt: dict[str, Any] = {"prompt_token_ids": submission.prompt_token_ids}
     if submission.prompt is not None:
@@ -50,12 +56,13 @@ async def tracked(state: ServerState, submission: Submission) -> AsyncIterator[R
             cache_salt=submission.cache_salt,
             deadline=submission.deadline,
         )
-        # aclosing: leaving an `async for` does not close the generator behind it, and only closing aborts.
+        # aclosing: leaving an `async for` does not close the generator behind it, and only closing
+        # aborts.
         async with aclosing(outputs):
             async for output in outputs:
                 record.add(output, state.metrics)
                 yield output
-    except JengineError as error:
+    except (JengineError, TimeoutError) as error:
         record.error = type(error).__name__
         raise
     finally:

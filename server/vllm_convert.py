@@ -1,6 +1,7 @@
 """Between vllm.grpc.engine messages (smg-grpc-proto) and jengine's own types. Pure functions.
 
-That proto gives proto zeros meanings: top_p 0 is 1, repetition_penalty 0 is 1, n 0 is 1, temperature not set is 1.
+That proto gives proto zeros meanings: top_p 0 is 1, repetition_penalty 0 is 1, n 0 is 1,
+temperature not set is 1.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def to_sampling_params(params: pb.SamplingParams, *, stream: bool) -> SamplingPa
 
 
 class ResponseBuilder:
-    """Builds the messages of one stream: chunks and one `complete` per choice, or only the latter."""
+    """Builds the messages of one stream: chunks and a `complete` per choice, or only the latter."""
 
     def __init__(self, *, stream: bool) -> None:
         self._stream = stream
@@ -103,9 +104,7 @@ class ResponseBuilder:
             index=completion.index,
         )
 
-    def _complete(
-        self, output: RequestOutput, completion: CompletionOutput
-    ) -> pb.GenerateComplete:
+    def _complete(self, output: RequestOutput, completion: CompletionOutput) -> pb.GenerateComplete:
         """In a stream the chunks have carried ids and logprobs already."""
         whole = not self._stream
         complete = pb.GenerateComplete(

@@ -1,4 +1,5 @@
-"""vllm.grpc.engine.VllmEngine, the protocol of `vllm serve --grpc`, from the published package `smg-grpc-proto`.
+"""vllm.grpc.engine.VllmEngine, the protocol of `vllm serve --grpc`, from the published package
+`smg-grpc-proto`.
 
 The gateway `smg` in front of this port serves the OpenAI and Anthropic APIs.
 """
@@ -90,7 +91,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def FlushCache(
         self, request: common_pb2.FlushCacheRequest, context: grpc.aio.ServicerContext
     ) -> common_pb2.FlushCacheResponse:
-        """Drop the prefix cache; with a timeout, wait that long for running requests to end first."""
+        """Drop the prefix cache; with a timeout, first wait that long for requests to end."""
         async with answered(context):
             engine = self._state.ready_engine()
             until = time.monotonic() + request.timeout_s
@@ -199,9 +200,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             for data, sha256 in bundle.chunks():
                 yield common_pb2.GetTokenizerChunk(data=data, sha256=sha256)
 
-    async def Embed(
-        self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
-    ) -> NoReturn:
+    async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> NoReturn:
         await refuse(context, "the served model generates text; it gives no embeddings")
 
     async def StartProfile(
@@ -218,4 +217,5 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         self, request: common_pb2.SubscribeKvEventsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[common_pb2.KvEventBatch]:
         await refuse(context, "this version publishes no KV events")
-        yield common_pb2.KvEventBatch()  # never reached; makes this an async generator, as grpc.aio expects
+        # never reached; makes this an async generator, as grpc.aio expects
+        yield common_pb2.KvEventBatch()

@@ -28,3 +28,13 @@ def smollm2_gguf() -> Path:
     from jengine.loading.pull import pull
 
     return pull("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Llama in Hugging Face's format, tokenizer included."""
+    from tests.oracles.tiny_llama import make_tiny_llama  # imports torch: seconds
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    make_tiny_llama(folder)
+    return folder

@@ -26,7 +26,7 @@ def build(args: argparse.Namespace) -> tuple[harness.Generate, dict[str, Any]]:
     batch = llama_cpp.llama_batch_init(capacity, 0, 1)
 
     def decode(tokens: list[list[int]], start: int) -> list[int]:
-        """Feed each sequence its next tokens from position `start`; returns the best next token of each."""
+        """Feed each sequence its tokens from position `start`; returns the best next ones."""
         count, last = 0, []
         for sequence, ids in enumerate(tokens):
             for offset, token in enumerate(ids):

@@ -84,7 +84,9 @@ def _hf_name(name: str) -> str:
 def _unpair(rows: np.ndarray, num_heads: int) -> np.ndarray:
     """GGUF interleaves the two halves of each rotary head; Hugging Face keeps them apart."""
     out, width = rows.shape
-    return rows.reshape(num_heads, out // num_heads // 2, 2, width).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows.reshape(num_heads, out // num_heads // 2, 2, width).swapaxes(1, 2).reshape(rows.shape)
+    )
 
 
 if __name__ == "__main__":

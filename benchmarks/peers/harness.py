@@ -1,8 +1,8 @@
-"""What every engine is measured on, and how. Standard library only: each peer runs it in its own environment.
+"""What every engine is measured on, and how. Standard library only: peers have their own venvs.
 
-An engine is one function, `generate(prompts, num_tokens)`: greedy, exactly `num_tokens` new tokens for
-each prompt, nothing stops early. Decode speed is the difference between generating many tokens and one,
-so that no engine is charged its prefill and none needs hooks inside.
+An engine is one function, `generate(prompts, num_tokens)`: greedy, exactly `num_tokens` new tokens
+for each prompt, nothing stops early. Decode speed is the difference between generating many tokens
+and one, so that no engine is charged its prefill and none needs hooks inside.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def run(name: str, build: Callable[[argparse.Namespace], tuple[Generate, dict[st
 def measure(
     generate: Generate, vocab_size: int, batches: Sequence[int], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Tokens per second: `prefill_512` and `decode_<batch>`, each with all its runs and their median."""
+    """Tokens per second for `prefill_512` and `decode_<batch>`: all runs and their median."""
     # Fresh random prompts for every call, so that no prefix cache helps; the same for every engine.
     rng = random.Random(0)
 

@@ -36,12 +36,14 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def cast_into(out: np.ndarray, value: np.ndarray, name: str) -> None:
-    """Write `value` to `out`, rounding to nearest even. A finite number that float16 cannot hold is an error."""
+    """Write `value` to `out`, rounding to nearest even. A finite number that float16 cannot hold is
+    an error.
+    """
     with np.errstate(over="ignore"):
         out[...] = value
     # bfloat16 has float32's range, but weights beyond 65504 would become infinite in float16.
-    if out.dtype == np.float16 and value.dtype != np.float16 and not np.isfinite(out).all():
-        if np.isfinite(value.astype(np.float32)).all():
-            raise LoadError(
-                f"tensor {name!r} has values that float16 cannot hold; load with dtype bfloat16"
-            )
+    may_overflow = out.dtype == np.float16 and value.dtype != np.float16
+    if may_overflow and np.isfinite(value.astype(np.float32))[~np.isfinite(out)].any():
+        raise LoadError(
+            f"tensor {name!r} has values that float16 cannot hold; load with dtype bfloat16"
+        )

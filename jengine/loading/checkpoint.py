@@ -1,4 +1,6 @@
-"""What a model name stands for: a folder, a .gguf file, a pulled name, a Hub id, or a config.json alone."""
+"""What a model name stands for: a folder, a .gguf file, a pulled name, a Hub id, or a config.json
+alone.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -39,7 +41,9 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened model: its configuration is read, its tensors are not. `dialect` says how tensors are named."""
+    """An opened model: its configuration is read, its tensors are not. `dialect` says how tensors
+    are named.
+    """
 
     name: str
     hf_config: dict[str, Any]
@@ -50,7 +54,9 @@ class Checkpoint:
     gguf_metadata: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def load_tokenizer(self, override: str | None = None) -> Tokenizer:
-        """The model's tokenizer, or that of another model: anything `open_checkpoint` takes as a name."""
+        """The model's tokenizer, or that of another model: anything `open_checkpoint` takes as a
+        name.
+        """
         if override is not None:
             path = _gguf_inside(resolve_model(override, needs_weights=False))
             return _load_tokenizer(
@@ -62,7 +68,8 @@ class Checkpoint:
 def open_checkpoint(args: ModelArgs) -> Checkpoint:
     """Find the model and read its configuration, with `hf_overrides` applied.
 
-    Raises `ModelNotFoundError` if the name leads nowhere, `LoadError` if what it leads to cannot be read.
+    Raises `ModelNotFoundError` if the name leads nowhere, `LoadError` if what it leads to cannot be
+    read.
     """
     is_dummy = args.load_format == "dummy"
     path = resolve_model(args.model, args.revision, needs_weights=not is_dummy)
@@ -103,8 +110,8 @@ def resolve_model(name: str, revision: str | None = None, *, needs_weights: bool
     if is_hub_id(name):
         return fetch_from_hub(name, revision, needs_weights=needs_weights)
     raise ModelNotFoundError(
-        f"{name!r} is no folder, no {GGUF_SUFFIX} file, no Hub id (organisation/model) and none of the models "
-        f"that 'jengine pull' knows: {', '.join(PULLABLE)}"
+        f"{name!r} is no folder, no {GGUF_SUFFIX} file, no Hub id (organisation/model) and none of "
+        f"the models that 'jengine pull' knows: {', '.join(PULLABLE)}"
     )
 
 
@@ -129,7 +136,8 @@ def _open_safetensors(folder: Path, load_format: LoadFormat) -> SafetensorsSourc
         raise LoadError(f"{folder} holds no {GGUF_SUFFIX} file, but load_format is 'gguf'")
     if not has_safetensors(folder):
         raise LoadError(
-            f"{folder} holds no weights ({SINGLE_FILE} or {INDEX_FILE}); load_format 'dummy' makes random ones"
+            f"{folder} holds no weights ({SINGLE_FILE} or {INDEX_FILE}); "
+            "load_format 'dummy' makes random ones"
         )
     return SafetensorsSource(folder)
 

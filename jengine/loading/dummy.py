@@ -1,4 +1,6 @@
-"""Random parameters, for work on speed and plumbing that needs a model's shapes but not its weights."""
+"""Random parameters, for work on speed and plumbing that needs a model's shapes but not its
+weights.
+"""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -20,7 +22,8 @@ def dummy_parameters(
 ) -> dict[str, jax.Array]:
     """normal(0, 0.02) weights, ones and zeros where declared.
 
-    A parameter depends on `seed` and its path only: not on the other parameters, their order or the machine.
+    A parameter depends on `seed` and its path only: not on the other parameters, their order or the
+    machine.
     """
     total = sum(info.num_bytes for info in abstract.values())
     done = 0

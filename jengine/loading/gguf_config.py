@@ -1,17 +1,22 @@
 """The config.json and generation_config.json that a GGUF file's metadata amounts to.
 
-Facts of llama.cpp's `llama` architecture (Llama, Mistral, SmolLM2), for the weight table in models/llama.py:
+Facts of llama.cpp's `llama` architecture (Llama, Mistral, SmolLM2), for the weight table in
+models/llama.py:
 
-    token_embd.weight         [V, D]     blk.{i}.attn_norm.weight    [D]      blk.{i}.ffn_norm.weight   [D]
-    output_norm.weight        [D]        blk.{i}.attn_q.weight       [N*H, D] blk.{i}.ffn_gate.weight   [F, D]
-    output.weight             [V, D]     blk.{i}.attn_k.weight       [K*H, D] blk.{i}.ffn_up.weight     [F, D]
-      (absent when tied)                 blk.{i}.attn_v.weight       [K*H, D] blk.{i}.ffn_down.weight   [D, F]
-    rope_freqs.weight         [H/2]      blk.{i}.attn_output.weight  [D, N*H]
-      (Llama 3 scaling only; f32)        biases: the same names with .bias
+    token_embd.weight    [V, D]    blk.{i}.attn_norm.weight    [D]
+    output_norm.weight   [D]       blk.{i}.attn_q.weight       [N*H, D]   (rows permuted)
+    output.weight        [V, D]    blk.{i}.attn_k.weight       [K*H, D]   (rows permuted)
+      (absent when tied)           blk.{i}.attn_v.weight       [K*H, D]
+    rope_freqs.weight    [H/2]     blk.{i}.attn_output.weight  [D, N*H]
+      (Llama 3 scaling only, f32)  blk.{i}.ffn_norm.weight     [D]
+                                   blk.{i}.ffn_gate.weight     [F, D]
+    biases: the same names         blk.{i}.ffn_up.weight       [F, D]
+      with .bias                   blk.{i}.ffn_down.weight     [D, F]
 
-Shapes are row-major, [out, in], as in Hugging Face. The rows of attn_q and attn_k (and of their biases) are
-permuted within each head: the converter stores x.reshape(heads, 2, H/2, D).swapaxes(1, 2), so that the two
-halves which Hugging Face rotates together lie side by side; x.reshape(heads, H/2, 2, D).swapaxes(1, 2) undoes it.
+Shapes are row-major, [out, in], as in Hugging Face. The rows of attn_q and attn_k (and of their
+biases) are permuted within each head: the converter stores x.reshape(heads, 2, H/2, D).swapaxes(1,
+2), so that the two halves which Hugging Face rotates together lie side by side; x.reshape(heads,
+H/2, 2, D).swapaxes(1, 2) undoes it.
 """
 
 from collections.abc import Mapping
@@ -38,16 +43,20 @@ _SAMPLING = {
 
 
 def hf_config_from_gguf(file: GGUFFile) -> dict[str, Any]:
-    """What Hugging Face's config.json would say. Raises `LoadError` naming the key that is missing or not supported."""
+    """What Hugging Face's config.json would say. Raises `LoadError` naming the key that is missing
+    or not supported.
+    """
     metadata, tensors = file.metadata, file.tensors
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise LoadError(
-            f"GGUF architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}"
+            f"GGUF architecture {architecture!r} is not supported; "
+            f"known: {', '.join(ARCHITECTURES)}"
         )
     if metadata.get("split.count", 1) > 1:
         raise LoadError(
-            f"{file.path} is one of {metadata['split.count']} parts: merge them with llama-gguf-split"
+            f"{file.path} is one of {metadata['split.count']} parts: "
+            "merge them with llama-gguf-split"
         )
     keys = _Keys(metadata, architecture)
     if keys.get("expert_count", 0):
@@ -89,7 +98,9 @@ def hf_config_from_gguf(file: GGUFFile) -> dict[str, Any]:
 
 
 def generation_config_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """End-of-sequence ids (end of turn and of message included, as llama.cpp stops at them) and sampling defaults."""
+    """End-of-sequence ids (end of turn and of message included, as llama.cpp stops at them) and
+    sampling defaults.
+    """
     config: dict[str, Any] = {
         theirs: _short(metadata[ours]) for ours, theirs in _SAMPLING.items() if ours in metadata
     }
@@ -102,7 +113,9 @@ def generation_config_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Keys:
-    """Metadata under the architecture's prefix. A per-layer array counts as one number if all layers agree."""
+    """Metadata under the architecture's prefix. A per-layer array counts as one number if all
+    layers agree.
+    """
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
         self._metadata = metadata
@@ -146,8 +159,8 @@ def _rope_scaling(file: GGUFFile, keys: _Keys, config: Mapping[str, Any]) -> dic
 def llama3_scaling(factors: np.ndarray, theta: float, original: int) -> dict[str, Any]:
     """The parameters of Llama 3's scaling that gave these divisors of the frequencies.
 
-    Between the two borders 1/divisor is linear in original/wavelength, so that the interior points give
-    both borders; the file stores only the divisors.
+    Between the two borders 1/divisor is linear in original/wavelength, so that the interior points
+    give both borders; the file stores only the divisors.
     """
     factors = factors.astype(np.float64)
     frequencies = theta ** -(np.arange(len(factors)) / len(factors))
@@ -179,5 +192,7 @@ def llama3_scaling(factors: np.ndarray, theta: float, original: int) -> dict[str
 
 
 def _short(value: float) -> float:
-    """The shortest decimal of a float32: 1e-05, as the config.json had it, not 9.999999747378752e-06."""
+    """The shortest decimal of a float32: 1e-05, as the config.json had it, not
+    9.999999747378752e-06.
+    """
     return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -1,7 +1,8 @@
 """GGUF files: metadata, and tensors dequantised by the `gguf` library.
 
-The header is parsed here because `gguf.GGUFReader` builds numpy views for every token and merge of the
-vocabulary: 3.5 s against 0.1 s for a vocabulary of 49k. Format: ggml's docs/gguf.md, versions 2 and 3.
+The header is parsed here because `gguf.GGUFReader` builds numpy views for every token and merge of
+the vocabulary: 3.5 s against 0.1 s for a vocabulary of 49k. Format: ggml's docs/gguf.md, versions 2
+and 3.
 """
 
 import math
@@ -54,7 +55,9 @@ class GGUFTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one index of axis 0; of the whole tensor where it has one axis (blocks run along it)."""
+        """Bytes of one index of axis 0; of the whole tensor where it has one axis (blocks run along
+        it).
+        """
         block, size = GGML_QUANT_SIZES[self.type]
         row = self.shape[1:] if len(self.shape) > 1 else self.shape
         return math.prod(row) // block * size

@@ -6,7 +6,8 @@ from pathlib import Path
 from jengine.config import is_hub_offline
 from jengine.errors import ModelNotFoundError
 
-# What an engine reads. Not *.bin (pickle), not the second copy some repositories hold under original/.
+# What an engine reads. Not *.bin (pickle), not the second copy some repositories hold under
+# original/.
 CONFIG_FILES = (
     "config.json",
     "generation_config.json",
@@ -29,7 +30,9 @@ def is_hub_id(name: str) -> bool:
 def fetch_from_hub(
     model_id: str, revision: str | None = None, *, needs_weights: bool = True
 ) -> Path:
-    """The model's folder in the Hub cache, downloaded if it is not there. Raises `ModelNotFoundError`."""
+    """The model's folder in the Hub cache, downloaded if it is not there. Raises
+    `ModelNotFoundError`.
+    """
     # Imported here: 0.4 s that local models need not pay.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

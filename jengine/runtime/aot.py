@@ -14,15 +14,14 @@ import jax
 import jaxlib
 from jax.experimental import serialize_executable
 
-from jengine.pallas_kernels.native import build as native_build
+from jengine.pallas_kernels.native import loader as native
 
 log = logging.getLogger(__name__)
 
 
-def executable_key(*parts: Any) -> str:
+def executable_key(device: jax.Device, *parts: Any) -> str:
     """Digest of everything an executable depends on: our code, the arguments, jax, the device and its flags."""
     digest = hashlib.sha256()
-    device = jax.devices()[0]
     facts = (
         _source_digest(),
         jax.__version__,
@@ -30,7 +29,7 @@ def executable_key(*parts: Any) -> str:
         device.platform,
         device.device_kind,
         jax.device_count(),
-        native_build.fingerprint(),
+        native.fingerprint(),
         *parts,
     )
     for fact in facts:
@@ -42,7 +41,8 @@ def executable_key(*parts: Any) -> str:
 class ExecutableStore:
     """A folder of serialised executables under one key. A damaged or foreign file counts as absent."""
 
-    def __init__(self, folder: Path | None, key: str) -> None:
+    def __init__(self, folder: Path | None, key: str, device: jax.Device) -> None:
+        self._device = device
         self._folder = None if folder is None else folder / key
         self.num_loaded = 0
         self.num_compiled = 0
@@ -73,7 +73,9 @@ class ExecutableStore:
         if hashlib.sha256(payload).digest() != digest:
             log.warning("executable %s is damaged; compiling it again", name)
             return None
-        return serialize_executable.deserialize_and_load(payload, *structure)
+        return serialize_executable.deserialize_and_load(
+            payload, *structure, execution_devices=[self._device]
+        )
 
     def _save(self, name: str, compiled: jax.stages.Compiled) -> None:
         if self._folder is None:

@@ -65,6 +65,11 @@ class Programs:
         return self._ready[name]
 
     @property
+    def num_compiled(self) -> int:
+        """Executables that were not found on disk."""
+        return self._store.num_compiled
+
+    @property
     def ready(self) -> Mapping[str, jax.stages.Compiled]:
         return self._ready
 

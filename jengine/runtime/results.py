@@ -88,7 +88,8 @@ class _HostTable:
         if 0 <= count <= self._num_top:
             ids, values = self._top_ids[row, :count], self._top_values[row, :count]
         else:
-            logits = np.asarray(self._logits[row]).astype(np.float64)
+            # Indexing the device array would compile a slice; a whole copy does not.
+            logits = np.asarray(self._logits)[row].astype(np.float64)
             shifted = logits - logits.max()
             logp = shifted - np.log(np.exp(shifted).sum())
             ids = np.argsort(-logp, kind="stable")[: None if count < 0 else count]

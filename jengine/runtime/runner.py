@@ -1,7 +1,7 @@
 """ModelRunner: owns everything on the device, and turns a StepPlan into a StepResult."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from jengine.runtime import memory
 from jengine.runtime.aot import ExecutableStore, executable_key
 from jengine.runtime.batch import BatchLayout, PageTableMirror, build_batch, is_adjusted
 from jengine.runtime.buckets import Bucket, build_buckets, pick_bucket
+from jengine.runtime.forward import build_forward
 from jengine.runtime.programs import SET_ROW, Programs
 from jengine.runtime.results import PromptScorer, read_logprobs
 from jengine.runtime.step import KV, StepOutput, StepSpec, build_step
@@ -70,6 +71,7 @@ class ModelRunner:
             jax.ShapeDtypeStruct((loaded.cfg.hidden_size,), jnp.dtype(loaded.cfg.dtype)),
         )
         self._scorer = PromptScorer(self.programs, self.leaves, num_top)
+        self._forward = jax.jit(build_forward(self.spec))
 
     def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:
         """Load or compile every executable, in threads. After this nothing compiles."""
@@ -116,6 +118,16 @@ class ModelRunner:
         """The pure, untransformed step function of a bucket (the smallest by default)."""
         return build_step(self.spec, self.layout(bucket or self.buckets[0]))
 
+    def hidden_states(self, token_ids: Sequence[int]) -> jax.Array:
+        """Final hidden states [T, D] of one text, outside the engine's cache.
+
+        Texts are padded to powers of two; the first one of a length compiles.
+        """
+        num_tokens = len(token_ids)
+        padded = np.zeros(max(16, 1 << (num_tokens - 1).bit_length()), np.int32)
+        padded[:num_tokens] = token_ids
+        return self._forward(self.leaves, padded, np.int32(num_tokens))[:num_tokens]
+
     def layout(self, bucket: Bucket) -> BatchLayout:
         return BatchLayout(
             num_tokens=bucket.num_tokens,
@@ -146,10 +158,11 @@ class ModelRunner:
 
     def _open_store(self, loaded: LoadedModel) -> ExecutableStore:
         if not self.config.compile.keep_executables:
-            return ExecutableStore(None, "")
+            return ExecutableStore(None, "", self.device)
         folder = Path(self.config.compile.cache_dir or cache_root() / "executables")
         facts = (self.num_pages, self.spec.num_logprobs, self.config.scheduler.max_num_seqs)
-        return ExecutableStore(folder, executable_key(loaded.cfg, self.groups, self.max_model_len, facts))
+        key = executable_key(self.device, loaded.cfg, self.groups, self.max_model_len, facts)
+        return ExecutableStore(folder, key, self.device)
 
     def _plan_pages(self) -> tuple[int, ...]:
         budget = memory.memory_budget(self.device, self.config.cache)

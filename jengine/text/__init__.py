@@ -1,1 +1,3 @@
-"""Text in and out: tokenizer, incremental detokenizer, chat templates, stop strings. Knows nothing of the engine."""
+"""Text in and out: tokenizer, incremental detokenizer, chat templates, stop strings. Knows nothing
+of the engine.
+"""

@@ -1,12 +1,12 @@
-"""Chat templates: the Jinja dialect that Hugging Face models ship, rendered byte for byte as transformers does.
+"""Chat templates: the Jinja dialect that Hugging Face models ship, rendered byte for byte as
+transformers does.
 
-Templates come with models, so they run sandboxed, and a rendering is bounded: so many loop turns and calls,
-so much text. The bounds stop accidents and the usual bombs, not every attack: take templates from clients only
-where they are trusted.
+Templates come with models, so they run sandboxed, and a rendering is bounded: so many loop turns
+and calls, so much text. The bounds stop accidents and the usual bombs, not every attack: take
+templates from clients only where they are trusted.
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,7 +31,8 @@ CONTINUE_TAG = (
     "CONTINUE_FINAL_MESSAGE_TAG "  # the space shows whether the template strips the message
 )
 
-# What code in a template can raise. Their texts ("can only concatenate str...") are the template author's clue.
+# What code in a template can raise. Their texts ("can only concatenate str...") are the template
+# author's clue.
 RENDER_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -52,8 +53,9 @@ def render_chat(
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt. Raises `InvalidRequestError`: field `chat_template` if the template is no template, `tools` or
-    `messages` if they have the wrong form or the template rejects them."""
+    """The prompt. Raises `InvalidRequestError`: field `chat_template` if the template is no
+    template, `tools` or `messages` if they have the wrong form or the template rejects them.
+    """
     if add_generation_prompt and continue_final_message:
         raise InvalidRequestError(
             "continue_final_message",
@@ -96,7 +98,9 @@ def _render(template: jinja2.Template, values: Mapping[str, Any]) -> str:
 
 
 def _mark_final(chat: list[dict[str, Any]]) -> str:
-    """Append the tag to the final message, so that its end can be found in the prompt. Returns its text."""
+    """Append the tag to the final message, so that its end can be found in the prompt. Returns its
+    text.
+    """
     final = chat[-1]
     content = final.get(CONTENT)
     if isinstance(content, str):
@@ -118,7 +122,8 @@ def _cut_after_final(prompt: str, final: str) -> str:
         )
     end = prompt.rindex(tag)
     kept = prompt[:end]
-    # Without its space the tag shows that the template strips messages: then the text to continue is stripped too.
+    # Without its space the tag shows that the template strips messages: then the text to continue
+    # is stripped too.
     return kept if prompt.startswith(CONTINUE_TAG, end) else kept.rstrip()
 
 
@@ -141,7 +146,7 @@ def _is_content(node: nodes.Node, names: set[str]) -> bool:
     return isinstance(node, nodes.Name) and node.name in names and node.name != CONTENT
 
 
-# --- the environment ---------------------------------------------------------------------------------------
+# --- the environment --------------------------------------------------------------------------
 
 _turns_left: ContextVar[int] = ContextVar("turns_left", default=MAX_TURNS)
 

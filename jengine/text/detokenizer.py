@@ -5,15 +5,16 @@ from collections.abc import Iterable, Sequence
 
 from jengine.text.tokenizer import Tokenizer
 
-PROMPT_TAIL = 8  # tokens looked back for the unfinished character a prompt may end in; one takes 4 bytes at most
+PROMPT_TAIL = 8  # tokens looked back for a character the prompt left unfinished (3 bytes at most)
 
 
 class IncrementalDetokenizer:
-    """One completion's text, as its tokens come. `"".join` of everything returned is the text of all tokens.
+    """One completion's text, as its tokens come. `"".join` of everything returned is the text of
+    all tokens.
 
-    A character is returned with the token that completes it: text never changes once returned, and U+FFFD
-    appears only for bytes that no later token can complete. The text continues the prompt's: a leading space
-    is kept, and a character that the prompt left unfinished is finished.
+    A character is returned with the token that completes it: text never changes once returned, and
+    U+FFFD appears only for bytes that no later token can complete. The text continues the prompt's:
+    a leading space is kept, and a character that the prompt left unfinished is finished.
     """
 
     def __init__(
@@ -24,8 +25,9 @@ class IncrementalDetokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> None:
-        """`spaces_between_special_tokens` is accepted for vLLM's sake: as there, it has no effect on tokenizers
-        of the `tokenizers` library."""
+        """`spaces_between_special_tokens` is accepted for vLLM's sake: as there, it has no effect
+        on tokenizers of the `tokenizers` library.
+        """
         self._pieces = tokenizer.pieces
         self._skip_special = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

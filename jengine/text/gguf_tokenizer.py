@@ -1,7 +1,8 @@
 """A `tokenizers` tokenizer from GGUF metadata, equal to the one the model was trained with.
 
-Two kinds: "gpt2" (byte-level BPE with merges; `tokenizer.ggml.pre` says how text is split first) and "llama"
-(SentencePiece BPE with scores and byte fallback). Token types follow llama.cpp's llama_token_type.
+Two kinds: "gpt2" (byte-level BPE with merges; `tokenizer.ggml.pre` says how text is split first)
+and "llama" (SentencePiece BPE with scores and byte fallback). Token types follow llama.cpp's
+llama_token_type.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2,)),
 }
-# Whole words that are in the vocabulary are taken without merging, and bos is added unless the file says no.
+# Whole words that are in the vocabulary are taken without merging, and bos is added unless the file
+# says no.
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 _NFC_NAMES = (
     "qwen2",
@@ -58,7 +60,9 @@ _SPECIAL_KEYS = {
 
 
 def build_from_gguf(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """(tokenizer, special tokens by Hugging Face's names). Raises `LoadError` naming what is missing or unknown."""
+    """(tokenizer, special tokens by Hugging Face's names). Raises `LoadError` naming what is
+    missing or unknown.
+    """
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
@@ -135,8 +139,9 @@ def _split_merge(merge: str) -> tuple[str, str]:
 
 
 def _merges_of(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """SentencePiece merges the pair whose result scores highest; as a list in that order. Equal scores: lower ids of
-    the parts first, as in Hugging Face's conversion."""
+    """SentencePiece merges the pair whose result scores highest; as a list in that order. Equal
+    scores: lower ids of the parts first, as in Hugging Face's conversion.
+    """
     found = []
     for token, i in vocab.items():
         for cut in range(1, len(token)):
@@ -148,7 +153,9 @@ def _merges_of(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Control tokens are special; user-defined ones are matched whole in the text, but are text themselves."""
+    """Control tokens are special; user-defined ones are matched whole in the text, but are text
+    themselves.
+    """
     special, plain = [], []
     for token, kind in zip(tokens, types, strict=False):
         if kind in (CONTROL, UNKNOWN):

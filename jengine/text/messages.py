@@ -1,4 +1,6 @@
-"""Conversations as clients send them (OpenAI's form), brought into the form that chat templates read."""
+"""Conversations as clients send them (OpenAI's form), brought into the form that chat templates
+read.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,8 +17,9 @@ PART_SEPARATOR = "\n"  # between the texts of one message, as in vLLM
 def normalise_messages(messages: Any, *, takes_parts: bool) -> list[dict[str, Any]]:
     """Validated deep copies. Keys that are null count as absent: templates would print "None".
 
-    A list of content parts stays a list for templates that loop over it (`takes_parts`), and becomes one string
-    for the others. Arguments of tool calls, JSON in a string at OpenAI, become the object templates expect.
+    A list of content parts stays a list for templates that loop over it (`takes_parts`), and
+    becomes one string for the others. Arguments of tool calls, JSON in a string at OpenAI, become
+    the object templates expect.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise InvalidRequestError("messages", "must be a list of messages")

@@ -1,9 +1,10 @@
 """Bytes of every token: what decoding adds to the text, token by token.
 
-A token is bytes, not characters: CJK and emoji are split over several. `tokenizers` decodes whole sequences
-only, and its DecodeStream decodes a growing window again and again, withholds text while the window ends in
-U+FFFD even where the model meant it, and fails on some sequences ("Invalid prefix encountered"). With a table
-of bytes, decoding is a lookup and one incremental UTF-8 decoder, exact for any sequence of ids.
+A token is bytes, not characters: CJK and emoji are split over several. `tokenizers` decodes whole
+sequences only, and its DecodeStream decodes a growing window again and again, withholds text while
+the window ends in U+FFFD even where the model meant it, and fails on some sequences ("Invalid
+prefix encountered"). With a table of bytes, decoding is a lookup and one incremental UTF-8 decoder,
+exact for any sequence of ids.
 """
 
 import codecs
@@ -20,7 +21,7 @@ _DECODERS = ("ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip")
 
 
 class TokenPieces:
-    """`table[i]` is what token i adds; a leading space is not stripped there (see `strips_space`)."""
+    """`table[i]` is what token i adds, in any place but the first (see `strips_space`)."""
 
     def __init__(self, backend: tokenizers.Tokenizer, special_ids: Iterable[int]) -> None:
         steps = _decoder_steps(backend)
@@ -45,7 +46,8 @@ class TokenPieces:
         for token, i in vocab.items():
             self.table[i] = to_bytes(token)
         self.special_ids = frozenset(special_ids)
-        # SentencePiece puts a space before the first word, and takes it away when decoding a whole text.
+        # SentencePiece puts a space before the first word, and takes it away when decoding a whole
+        # text.
         self.strips_space = any(s["type"] == "Strip" and s["start"] > 0 for s in steps)
 
     def bytes_of(self, i: int) -> bytes:
@@ -65,7 +67,9 @@ class TokenPieces:
 
 
 def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
-    """The decoder's steps. Raises `LoadError` for those that are not sums over tokens, as WordPiece's."""
+    """The decoder's steps. Raises `LoadError` for those that are not sums over tokens, as
+    WordPiece's.
+    """
     if backend.decoder is None:
         raise LoadError("the tokenizer has no decoder: its tokens cannot be turned into text")
     state = json.loads(backend.decoder.__getstate__())
@@ -75,14 +79,16 @@ def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
             step["type"] == "Replace" and "String" not in step["pattern"]
         ):
             raise LoadError(
-                f"tokenizer decoder {step['type']!r} is not supported; known: {', '.join(_DECODERS)}"
+                f"tokenizer decoder {step['type']!r} is not supported; "
+                f"known: {', '.join(_DECODERS)}"
             )
     return steps
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of every byte, reversed: characters that print stand for themselves, the others
-    follow from U+0100 on."""
+    """GPT-2's printable stand-in of every byte, reversed: characters that print stand for
+    themselves, the others follow from U+0100 on.
+    """
     prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in prints]
     return {chr(byte): byte for byte in prints} | {

@@ -14,8 +14,8 @@ class StopMatch:
 class StopChecker:
     """Finds the stop string that is complete first, however the text is cut into pieces.
 
-    Text that may turn out to be the beginning of a stop string is held back (at most the longest one's length
-    less one character), so what was returned is never taken back.
+    Text that may turn out to be the beginning of a stop string is held back (at most the longest
+    one's length less one character), so what was returned is never taken back.
     """
 
     def __init__(self, stops: Sequence[str], *, include_stop_str_in_output: bool = False) -> None:
@@ -29,7 +29,8 @@ class StopChecker:
     def add(self, text: str, *, may_match: bool = True) -> str:
         """The text that is now safe to give out. After a match (see `match`) nothing more is.
 
-        `may_match=False` (before `min_tokens`): a stop string that ends in this text does not count.
+        `may_match=False` (before `min_tokens`): a stop string that ends in this text does not
+        count.
         """
         if self.match is not None or not text:
             return ""
@@ -50,10 +51,11 @@ class StopChecker:
         return held
 
     def _first_match(self, text: str, num_old: int) -> tuple[int, str] | None:
-        """(start, stop string) of the match that ends first; of those, the one that starts first (the longest).
+        """(start, stop string) of the match that ends first; of those, the one that starts first
+        (the longest).
 
-        That is what checking after every character finds, so the result does not depend on how tokens cut the text.
-        A match ends in new text, hence starts at most its length before it.
+        That is what checking after every character finds, so the result does not depend on how
+        tokens cut the text. A match ends in new text, hence starts at most its length before it.
         """
         found = []
         for stop in self._stops:

@@ -1,4 +1,6 @@
-"""Text to token ids and back, on the `tokenizers` library. `transformers` is the oracle of the tests, never imported."""
+"""Text to token ids and back, on the `tokenizers` library. `transformers` is the oracle of the
+tests, never imported.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +36,7 @@ TOOL_TEMPLATE = "tool_use"
 
 @dataclass(frozen=True)
 class TokenizerParts:
-    """What a tokenizer is made of, wherever it came from. `templates` are chat templates by name."""
+    """What a tokenizer is made of. `templates` are chat templates by name."""
 
     backend: tokenizers.Tokenizer
     special_tokens: dict[str, str]  # of SPECIAL_NAMES
@@ -87,12 +89,15 @@ class Tokenizer:
         return TokenPieces(self.backend, self.all_special_ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. Special tokens written out in the text become the special tokens, as with Hugging Face."""
+        """Token ids. Special tokens written out in the text become the special tokens, as with
+        Hugging Face.
+        """
         return self.backend.encode(_encodable(text), add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of the ids; the same as everything an `IncrementalDetokenizer` without a prompt gives. Ids outside
-        the vocabulary have no text."""
+        """Text of the ids; the same as everything an `IncrementalDetokenizer` without a prompt
+        gives. Ids outside the vocabulary have no text.
+        """
         return self.pieces.decode(ids, skip_special_tokens)
 
     def id_to_token(self, i: int) -> str:
@@ -113,9 +118,11 @@ class Tokenizer:
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """The prompt for a conversation, special tokens included: encode it with `add_special_tokens=False`.
+        """The prompt for a conversation, special tokens included: encode it with
+        `add_special_tokens=False`.
 
-        `chat_template` is a template or the name of one of the model's. `kwargs` become template variables.
+        `chat_template` is a template or the name of one of the model's. `kwargs` become template
+        variables.
         """
         template = self._choose_template(chat_template, tools)
         return render_chat(
@@ -128,7 +135,7 @@ class Tokenizer:
         )
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face tokenizer folder, also for a tokenizer that came out of a GGUF file."""
+        """Write a Hugging Face tokenizer folder, also if the tokenizer came from a GGUF file."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / TOKENIZER_FILE))
@@ -169,7 +176,9 @@ class Tokenizer:
 
 
 def _encodable(text: str) -> str:
-    """Lone surrogates (JSON's "\\ud800" makes them) are no text: they become U+FFFD, as in a browser."""
+    """Lone surrogates (JSON's "\\ud800" makes them) are no text: they become U+FFFD, as in a
+    browser.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -181,7 +190,8 @@ def _parts_of_folder(folder: Path) -> TokenizerParts:
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         raise LoadError(
-            f"{folder} holds no {TOKENIZER_FILE}; name another tokenizer, or start with skip_tokenizer_init"
+            f"{folder} holds no {TOKENIZER_FILE}; name another tokenizer, "
+            "or start with skip_tokenizer_init"
         )
     try:
         backend = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
@@ -211,7 +221,9 @@ def _parts_of_folder(folder: Path) -> TokenizerParts:
 
 
 def _templates_of_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name. Files take precedence over tokenizer_config.json, as with Hugging Face."""
+    """Chat templates by name. Files take precedence over tokenizer_config.json, as with Hugging
+    Face.
+    """
     inline = config.get("chat_template")
     if isinstance(inline, str):
         templates = {DEFAULT_TEMPLATE: inline}
@@ -256,7 +268,9 @@ def _add_tokens(
 def _set_post_processor(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], specials: Mapping[str, str]
 ) -> None:
-    """tokenizer_config.json overrides tokenizer.json in whether bos and eos are added, as with Hugging Face."""
+    """tokenizer_config.json overrides tokenizer.json in whether bos and eos are added, as with
+    Hugging Face.
+    """
     bos = specials.get("bos_token") if config.get("add_bos_token") else None
     eos = specials.get("eos_token") if config.get("add_eos_token") else None
     backend.post_processor = TemplateProcessing(

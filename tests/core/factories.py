@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jengine.core.kv_manager import KVManager
+from jengine.core.page_pool import PagePool
 from jengine.kv_spec import KVGroup, KVKind, KVSpec, build_groups
 from jengine.request import Request, SamplingParams
 
@@ -54,3 +55,17 @@ def make_request(
         cache_salt=cache_salt,
         arrival_time=arrival_time,
     )
+
+
+def record_allocations(pool: PagePool) -> set[int]:
+    """A live set of the pages that the pool has handed out to be written; the caller clears it."""
+    fresh: set[int] = set()
+    allocate = pool.allocate
+
+    def recorded(num_pages: int) -> list[int]:
+        pages = allocate(num_pages)
+        fresh.update(pages)
+        return pages
+
+    pool.allocate = recorded  # type: ignore[method-assign]
+    return fresh

@@ -13,7 +13,7 @@ from jengine.core.page_pool import NULL_PAGE
 from jengine.core.plan import ScheduledRequest, StepPlan, StepResult
 from jengine.kv_spec import KVGroup
 
-VOCAB = 11
+VOCAB = 29
 
 
 def mix(*values: object) -> int:

@@ -57,27 +57,41 @@ struct Tile {
 template <class Words>
 void multiply(const Tile& tile, int rows, int panels);
 
-// Packs up to sixteen rows of `count` elements (row(i) -> pointer) as one panel; missing rows are zero.
+#ifdef JENGINE_AVX512
+// The block of words [k, k + 16) of sixteen rows, transposed; words past `words` are zero.
+template <class Base>
+JENGINE_INLINE void load_block(__m512i (&r)[kLanes], const Base& row, int64_t k, int64_t words) {
+  if (k + kLanes <= words) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) r[i] = _mm512_loadu_si512(row(i) + k * 4);
+  } else {
+    const __mmask16 mask = static_cast<__mmask16>((1u << (words - k)) - 1);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) r[i] = _mm512_maskz_loadu_epi32(mask, row(i) + k * 4);
+  }
+  transpose(r);
+}
+#endif
+
+// Packs up to sixteen rows of `count` elements (row(i) -> pointer) as one panel. The lanes of missing rows repeat the
+// first row: ignore what they give.
 template <class Words, class T, class Row>
 inline void pack_rows(uint32_t* panel, int num_rows, int64_t count, const Row& row) {
-  const int64_t words = (count + Words::kElements - 1) / Words::kElements;
-  int64_t done = 0;
+  const int64_t words = count / Words::kElements;
 #ifdef JENGINE_AVX512
   if constexpr (sizeof(T) == sizeof(typename Words::Element)) {
     const char* base[kLanes];
     for (int i = 0; i < kLanes; ++i) base[i] = reinterpret_cast<const char*>(row(i < num_rows ? i : 0));
-    const int64_t bytes = count * sizeof(T);
-    for (; done < words; done += kLanes) {
-      const int64_t left = bytes - done * 4;
-      const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+    for (int64_t k = 0; k < words; k += kLanes) {
       __m512i r[kLanes];
+      load_block(r, [&](int i) { return base[i]; }, k, words);
+      const int64_t columns = std::min<int64_t>(kLanes, words - k);
+      if (columns == kLanes) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        r[i] = i < num_rows ? _mm512_maskz_loadu_epi8(mask, base[i] + done * 4) : _mm512_setzero_si512();
+        for (int j = 0; j < kLanes; ++j) _mm512_storeu_si512(panel + (k + j) * kLanes, r[j]);
+      } else {
+        for (int64_t j = 0; j < columns; ++j) _mm512_storeu_si512(panel + (k + j) * kLanes, r[j]);
       }
-      transpose(r);
-      const int64_t columns = std::min<int64_t>(kLanes, words - done);
-      for (int64_t j = 0; j < columns; ++j) _mm512_storeu_si512(panel + (done + j) * kLanes, r[j]);
     }
     return;
   }
@@ -85,10 +99,9 @@ inline void pack_rows(uint32_t* panel, int num_rows, int64_t count, const Row& r
   using E = typename Words::Element;
   E* out = reinterpret_cast<E*>(panel);
   for (int i = 0; i < kLanes; ++i) {
-    for (int64_t k = 0; k < words * Words::kElements; ++k) {
-      const bool is_inside = i < num_rows && k < count;
-      const int64_t at = (k / Words::kElements * kLanes + i) * Words::kElements + k % Words::kElements;
-      out[at] = is_inside ? convert<E>(row(i)[k]) : E{};
+    const T* source = row(i < num_rows ? i : 0);
+    for (int64_t k = 0; k < count; ++k) {
+      out[(k / Words::kElements * kLanes + i) * Words::kElements + k % Words::kElements] = convert<E>(source[k]);
     }
   }
 }

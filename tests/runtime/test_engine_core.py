@@ -1,0 +1,251 @@
+"""The engine's promises on a tiny model: same tokens as one request at a time, nothing compiles, nothing is copied."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jengine.protocol import CoreReady
+from jengine.request import SamplingParams
+from tests.oracles.core_pump import CorePump
+from tests.oracles.dummy_model import VOCAB_SIZE, write_dummy_model
+
+
+@pytest.fixture(scope="module")
+def pump(tmp_path_factory: pytest.TempPathFactory) -> CorePump:
+    """Tiny pool (preemptions), unused pages hold NaN, two KV groups."""
+    folder = write_dummy_model(
+        tmp_path_factory.mktemp("model"),
+        architectures=["MinistralForCausalLM"],
+        num_hidden_layers=3,
+        sliding_window=24,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    )
+    return CorePump(folder)
+
+
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
+    SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True),
+    SamplingParams(temperature=1.2, top_p=0.9, top_k=30, max_tokens=15, ignore_eos=True),
+    SamplingParams(temperature=0.8, repetition_penalty=1.3, presence_penalty=0.5, max_tokens=12,
+                   ignore_eos=True),
+    SamplingParams(temperature=0, frequency_penalty=1.0, logit_bias={7: 0.05}, max_tokens=25,
+                   ignore_eos=True),
+    SamplingParams(temperature=1.0, min_tokens=5, max_tokens=30),
+    SamplingParams(temperature=0, bad_word_ids=[[5], [9, 11]], max_tokens=14, ignore_eos=True),
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    prompt_seed: int
+    prompt_length: int
+    params: int
+    seed: int
+    turns_before: int
+    abort_after: int | None
+
+
+ARRIVALS = st.lists(
+    st.builds(
+        Arrival,
+        prompt_seed=st.integers(0, 3),  # few: prefixes are shared
+        prompt_length=st.integers(1, 90),
+        params=st.integers(0, len(PARAMS) - 1),
+        seed=st.integers(0, 2**63 - 1),
+        turns_before=st.integers(0, 4),
+        abort_after=st.one_of(st.none(), st.none(), st.integers(0, 6)),
+    ),
+    min_size=1,
+    max_size=7,
+)
+_alone: dict[tuple, list[int]] = {}
+
+
+@given(ARRIVALS)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_engine_equals_one_request_at_a_time(pump: CorePump, arrivals: list[Arrival]) -> None:
+    """Random arrivals, chunks, prefix hits, preemptions and aborts change no token."""
+    expected = {}
+    for a in arrivals:
+        key = dataclasses.replace(a, turns_before=0, abort_after=None)
+        if key not in _alone:
+            _alone[key] = pump.alone(_prompt(a), PARAMS[a.params], seed=a.seed)
+        expected[a] = _alone[key]
+    pump.messages.clear()
+    ids = {f"r{i}": a for i, a in enumerate(arrivals)}
+    doomed: list[tuple[str, int]] = []
+    for request_id, a in ids.items():
+        for _ in range(a.turns_before):
+            pump.turn()
+        pump.submit(request_id, _prompt(a), PARAMS[a.params], seed=a.seed)
+        if a.abort_after is not None:
+            doomed.append((request_id, a.abort_after))
+    for request_id, turns in sorted(doomed, key=lambda pair: pair[1]):
+        for _ in range(turns):
+            pump.turn()
+        pump.abort(request_id)
+    pump.drain()
+    got, reasons = pump.tokens(), pump.finish_reasons()
+    for request_id, a in ids.items():
+        tokens = got.get(request_id, [])
+        if reasons.get(request_id) == "abort":
+            assert tokens == expected[a][: len(tokens)]
+        else:
+            assert tokens == expected[a], request_id
+    assert pump.core.stats().num_pages_used == 0
+
+
+def test_preemption_and_prefix_hits_did_happen(pump: CorePump) -> None:
+    """The property above means something only if the paths are taken."""
+    long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    before = pump.core.stats()
+    for i in range(4):
+        pump.submit(f"p{i}", _tokens(i, 40), long)
+    pump.drain()
+    for i in range(2):
+        pump.submit(f"again{i}", _tokens(3, 40), long.clone(max_tokens=2))
+        pump.drain()
+    after = pump.core.stats()
+    assert after.num_preemptions > before.num_preemptions
+    assert after.prefix_hits > before.prefix_hits
+    pump.messages.clear()
+
+
+def test_nothing_compiles_after_warm_up(pump: CorePump) -> None:
+    """Every bucket, feature and batch size after start: no compilation at all in the process."""
+    events: list[str] = []
+    pump.drain()
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, duration, **kwargs: events.append(name) if "backend_compile" in name else None
+    )
+    try:
+        for count in (1, 2, 3, 4):
+            for length in (1, 5, 30, 70):
+                for i in range(count):
+                    params = PARAMS[(count + length + i) % len(PARAMS)].clone(logprobs=i, max_tokens=5)
+                    pump.submit(f"{count}-{length}-{i}", _tokens(i, length), params)
+                pump.drain()
+        scored = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=3, logprobs=-1)
+        pump.submit("scored", _tokens(1, 50), scored)
+        pump.drain()
+        assert events == []
+        assert pump.core.stats().num_compilations == 0
+        jax.jit(lambda x: x * 3 + 1)(np.ones(7))  # the listener does see compilations
+        assert events
+    finally:
+        jax.monitoring.clear_event_listeners()
+    pump.messages.clear()
+
+
+def test_kv_is_aliased_in_place(pump: CorePump) -> None:
+    """Every bucket updates all KV bytes and the row state where they lie, and holds no second copy of them."""
+    runner = pump.core.runner
+    kv_bytes = sum(x.nbytes for x in runner.kv)
+    row_bytes = sum(x.nbytes for x in jax.tree.leaves(runner.rows))
+    for bucket in runner.buckets:
+        compiled = runner.programs.ready[str(bucket)]
+        analysis = compiled.memory_analysis()
+        assert analysis.alias_size_in_bytes >= kv_bytes + row_bytes
+        page_shape = ",".join(map(str, runner.kv[0].shape))
+        copies = [
+            line for line in compiled.as_text().splitlines()
+            if f"f32[{page_shape}]" in line and (" copy(" in line or "copy-start" in line)
+        ]  # fmt: skip
+        assert not copies, copies
+
+
+def test_prompt_and_sampled_logprobs_match_a_teacher_forced_pass(pump: CorePump) -> None:
+    runner = pump.core.runner
+    prompt = _tokens(9, 70)
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=4, prompt_logprobs=-1, ignore_eos=True)
+    pump.submit("lp", prompt, params)
+    pump.drain()
+    outputs = pump.outputs()["lp"]
+    tokens = pump.tokens()["lp"]
+    hidden = np.asarray(runner.hidden_states(prompt + tokens)).astype(np.float64)
+    logits = hidden @ np.asarray(runner.model.head).astype(np.float64).T
+    exact = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    entries = [e for o in outputs for e in (o.prompt_logprobs or [])]
+    assert len(entries) == len(prompt) - 1
+    for position, entry in enumerate(entries, start=1):
+        assert entry.token_ids[0] == prompt[position]
+        row = exact[position - 1]
+        np.testing.assert_allclose(entry.logprobs, row[entry.token_ids], atol=1e-4)
+        assert len(entry.token_ids) == 1 + VOCAB_SIZE
+        assert entry.rank == 1 + int((row > row[prompt[position]]).sum())
+    sampled = [e for o in outputs for e in (o.logprobs or [])]
+    assert len(sampled) == len(tokens)
+    for i, entry in enumerate(sampled):
+        row = exact[len(prompt) - 1 + i]
+        assert entry.token_ids[0] == tokens[i] and len(entry.token_ids) == 5
+        np.testing.assert_allclose(entry.logprobs, row[entry.token_ids], atol=1e-4)
+        assert entry.token_ids[1:] == np.argsort(-row)[:4].tolist()
+    pump.messages.clear()
+
+
+def test_nan_in_one_request_ends_that_request_only(pump: CorePump) -> None:
+    """A parameter row of NaN reached by one token: the request that uses it fails, its neighbour does not notice."""
+    runner = pump.core.runner
+    pump.drain()
+    pump.core.scheduler.reset_prefix_cache()
+    index = runner.param_paths.index("embed_tokens.weight")
+    good = runner.leaves
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, bad_word_ids=[[77]])
+    expected = pump.alone(_tokens(1, 20), params)
+    assert 77 not in _tokens(1, 20)
+    broken = good[index].at[77].set(np.nan)
+    runner.leaves = (*good[:index], broken, *good[index + 1 :])
+    try:
+        pump.submit("good", _tokens(1, 20), params)
+        pump.submit("bad", [5, 77, 9], params)
+        pump.drain()
+    finally:
+        runner.leaves = good
+    assert pump.tokens()["good"] == expected
+    assert pump.finish_reasons()["bad"] == "error"
+    assert "finite" in (pump.outputs()["bad"][-1].error or "")
+    pump.core.scheduler.reset_prefix_cache()
+    pump.messages.clear()
+
+
+def test_a_restart_compiles_nothing(tmp_path: Path) -> None:
+    folder = write_dummy_model(tmp_path / "model")
+    options = dict(keep_executables=True, cache_dir=str(tmp_path / "cache"), num_pages=20)
+    first = CorePump(folder, **options)
+    assert first.core.runner.programs.num_compiled == len(first.core.runner.programs.ready)
+    second = CorePump(folder, **options)
+    assert second.core.runner.programs.num_compiled == 0
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    assert first.alone([3, 4, 5], params) == second.alone([3, 4, 5], params)
+    ready = [m for m in second.messages if isinstance(m, CoreReady)]
+    other = CorePump(folder, **(options | dict(num_pages=21)))  # another shape: another key
+    assert other.core.runner.programs.num_compiled > 0
+    del ready
+
+
+def test_a_damaged_executable_is_compiled_again(tmp_path: Path) -> None:
+    folder = write_dummy_model(tmp_path / "model")
+    options = dict(keep_executables=True, cache_dir=str(tmp_path / "cache"), max_num_seqs=1)
+    first = CorePump(folder, **options)
+    victim = next((tmp_path / "cache").glob("*/score"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    second = CorePump(folder, **options)
+    assert second.core.runner.programs.num_compiled == 1
+    assert first.core.runner.num_pages == second.core.runner.num_pages
+
+
+def _tokens(seed: int, length: int) -> list[int]:
+    ids = np.random.default_rng(seed).integers(3, VOCAB_SIZE, 200)
+    return np.where(ids == 77, 78, ids)[:length].tolist()
+
+
+def _prompt(a: Arrival) -> list[int]:
+    return _tokens(a.prompt_seed, a.prompt_length)
