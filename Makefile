@@ -3,7 +3,7 @@
 # PYTHON=/path/to/python picks the interpreter; otherwise the newest CPython >= 3.11 that runs (tools/venv.sh).
 
 PYTEST_ARGS ?=
-BENCH_ARGS ?= latency --model smollm2-135m
+BENCH_ARGS ?= latency smollm2-135m --batch-size 8 --output-len 64 --num-iters-warmup 1 --num-iters 5
 export PYTHON
 
 .PHONY: demo test test-slow lint format bench clean

@@ -2,8 +2,8 @@
 
     from jengine import LLM, SamplingParams
 
-    llm = LLM("smollm2-135m")
-    print(llm.generate("The capital of France is", SamplingParams(temperature=0.0))[0].outputs[0].text)
+    llm = LLM("smollm2-135m") print(llm.generate("The capital of France is",
+    SamplingParams(temperature=0.0))[0].outputs[0].text)
 
 Names are imported on first use: `import jengine` is quick and does not import jax.
 """

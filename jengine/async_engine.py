@@ -1,7 +1,8 @@
 """AsyncEngine: the engine's asyncio face, on which the servers stand. It owns the open streams.
 
-Everything here runs on one event loop. The core's messages come in batches to `_on_messages`, which updates each
-request's state and wakes its reader; the reader builds its output when it runs (`RequestState.take`).
+Everything here runs on one event loop. The core's messages come in batches to `_on_messages`, which
+updates each request's state and wakes its reader; the reader builds its output when it runs
+(`RequestState.take`).
 """
 
 import asyncio
@@ -45,9 +46,9 @@ INLINE_CHARS = 2048  # tokenising less than this takes under 0.5 ms: not worth a
 
 
 class AsyncEngine:
-    """Streams of `RequestOutput` over one engine core. Build with `await AsyncEngine.create(config)`.
+    """Streams of `RequestOutput` over one engine core.
 
-    Not thread-safe: use it on the loop that created it.
+    `await AsyncEngine.create(config)` makes one. Not thread-safe: use it on the loop that did.
     """
 
     model_info: ModelInfo
@@ -77,28 +78,37 @@ class AsyncEngine:
     ) -> Self:
         """Start an engine core and return when it can serve.
 
-        The core is a child process, or with `in_process` a thread of this one (notebooks). `core_factory`
-        ("module:name") replaces the core in tests. Raises what `open_checkpoint` raises, or `EngineDeadError`.
+        The core is a child process, or with `in_process` a thread of this one (notebooks).
+        `core_factory` ("module:name") replaces the core in tests. Raises what `open_checkpoint`
+        raises, or `EngineDeadError`.
         """
         loop = asyncio.get_running_loop()
-        # Before the core does the same, so that a model is fetched once and its errors keep their types.
+        # Before the core does so, too: a model is fetched once, and errors keep their types.
         checkpoint = await loop.run_in_executor(None, open_checkpoint, config.model)
         client_type = ThreadCoreClient if in_process else ProcessCoreClient
         engine = cls(client_type(config, core_factory))
         try:
             tokenizer = None
             if not config.model.skip_tokenizer_init:
-                tokenizer = await engine._in_text_pool(checkpoint.load_tokenizer, config.model.tokenizer)
+                tokenizer = await engine._in_text_pool(
+                    checkpoint.load_tokenizer, config.model.tokenizer
+                )
             ready = await engine._ready
             check_greeting(ready)
-            engine._set_up(config, ready, build_model_info(config, checkpoint, tokenizer, ready), tokenizer)
+            engine._set_up(
+                config, ready, build_model_info(config, checkpoint, tokenizer, ready), tokenizer
+            )
         except BaseException:
             await engine.shutdown()
             raise
         return engine
 
     def _set_up(
-        self, config: EngineConfig, ready: CoreReady, model_info: ModelInfo, tokenizer: Tokenizer | None
+        self,
+        config: EngineConfig,
+        ready: CoreReady,
+        model_info: ModelInfo,
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.ready, self.model_info = ready, model_info
         draw_seed = functools.partial(secrets.randbits, SEED_BITS)
@@ -117,17 +127,32 @@ class AsyncEngine:
         cache_salt: str = "",
         deadline: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Complete a prompt. Closing or cancelling the generator aborts the request and frees its pages.
+        """Complete a prompt. Closing or cancelling the generator aborts the request.
 
-        `prompt` is text, token ids, or a dict `{"prompt": ...}` / `{"prompt_token_ids": [...]}`. Each output holds
-        what `sampling_params.output_kind` says, for one or more of the `n` completions (see their `index`); a reader
-        that is slower than the engine gets fewer and larger outputs. `priority`: lower runs first. Requests with
-        different `cache_salt` never share prefix-cache pages. `deadline` is a `time.monotonic()` value.
+        `prompt` is text, token ids, or a dict `{"prompt": ...}` / `{"prompt_token_ids": [...]}`.
+        Each output holds what `sampling_params.output_kind` says, for one or more of the `n`
+        completions (see their `index`); a reader that is slower than the engine gets fewer and
+        larger outputs. `priority`: lower runs first. Requests with different `cache_salt` never
+        share prefix-cache pages. `deadline` is a `time.monotonic()` value.
 
-        Raises `InvalidRequestError`, `DuplicateRequestError`, `QueueFullError`, `EngineDrainingError`,
-        `EngineDeadError`, and `TimeoutError` when the deadline passes. The first ones come with the first output.
+        Raises `InvalidRequestError`, `DuplicateRequestError`, `QueueFullError`,
+        `EngineDrainingError`, `EngineDeadError`, and `TimeoutError` when the deadline passes. The
+        first ones come with the first output.
         """
-        stream = await self._open(prompt, sampling_params, request_id, priority, cache_salt, deadline)
+        self._check_accepts()
+        if request_id in self._starting or request_id in self._streams:
+            raise DuplicateRequestError(f"request_id {request_id!r} is in flight")
+        prepare = functools.partial(
+            self._inputs.prepare,
+            prompt,
+            sampling_params,
+            request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        is_short = _is_short(prompt)
+        prepared = prepare() if is_short else await self._prepare_in_pool(request_id, prepare)
+        stream = self._start(prepared, deadline)
         try:
             while True:
                 output = await stream.next()
@@ -138,34 +163,19 @@ class AsyncEngine:
             self._close(stream)
 
     async def abort(self, request_id: str) -> None:
-        """End a request: its stream finishes with `finish_reason` "abort". Unknown ids are ignored."""
+        """End a request: its stream finishes with reason "abort". Unknown ids are ignored."""
         self._finish(request_id, FinishReason.ABORT)
 
-    async def _open(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams,
-        request_id: str,
-        priority: int,
-        cache_salt: str,
-        deadline: float | None,
-    ) -> "_Stream":
-        self._check_accepts()
-        if request_id in self._starting or request_id in self._streams:
-            raise DuplicateRequestError(f"request_id {request_id!r} is in flight")
-        prepare = functools.partial(
-            self._inputs.prepare, prompt, sampling_params, request_id, priority=priority, cache_salt=cache_salt
-        )
-        if _is_short(prompt):
-            prepared = prepare()
-        else:
-            self._starting.add(request_id)
-            try:
-                prepared = await self._in_text_pool(prepare)
-            finally:
-                self._starting.discard(request_id)
-            self._check_accepts()
-        return self._start(prepared, deadline)
+    async def _prepare_in_pool(
+        self, request_id: str, prepare: Callable[[], PreparedRequest]
+    ) -> PreparedRequest:
+        self._starting.add(request_id)
+        try:
+            prepared = await self._in_text_pool(prepare)
+        finally:
+            self._starting.discard(request_id)
+        self._check_accepts()  # much may have happened meanwhile
+        return prepared
 
     def _start(self, prepared: PreparedRequest, deadline: float | None) -> "_Stream":
         if deadline is not None and deadline <= time.monotonic():
@@ -210,11 +220,15 @@ class AsyncEngine:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`."""
-        return await self._in_text_pool(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await self._in_text_pool(
+            self.tokenizer.encode, text, add_special_tokens=add_special_tokens
+        )
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids."""
-        return await self._in_text_pool(self.tokenizer.decode, list(ids), skip_special_tokens=skip_special_tokens)
+        return await self._in_text_pool(
+            self.tokenizer.decode, list(ids), skip_special_tokens=skip_special_tokens
+        )
 
     async def render_chat(
         self,
@@ -226,7 +240,10 @@ class AsyncEngine:
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """The prompt of a conversation; `kwargs` go to the template. Encode it without special tokens."""
+        """The prompt of a conversation, to be encoded without special tokens.
+
+        `kwargs` go to the template.
+        """
         return await self._in_text_pool(
             self._inputs.render_chat,
             list(messages),
@@ -239,7 +256,9 @@ class AsyncEngine:
 
     async def _in_text_pool(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """The tokenizers library releases the GIL: long texts do not stall the streams."""
-        return await self._loop.run_in_executor(self._text_pool, functools.partial(function, *args, **kwargs))
+        return await self._loop.run_in_executor(
+            self._text_pool, functools.partial(function, *args, **kwargs)
+        )
 
     # --- state and control
 
@@ -256,22 +275,19 @@ class AsyncEngine:
     def is_draining(self) -> bool:
         return self._is_draining
 
-    @property
-    def num_open_requests(self) -> int:
-        """Requests whose reader has not left yet."""
-        return len(self._streams)
-
     async def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes. False if pages are in use and nothing was done."""
         return bool(await self.call_utility("reset_prefix_cache"))
 
     async def call_utility(self, method: str, *args: Any) -> Any:
-        """Run a rare operation of the core (`memory_plan`, `check_integrity`, ...) and return its result."""
+        """Result of a rare operation of the core (`memory_plan`, `check_integrity`, ...)."""
         self._check_alive()
         self._num_calls += 1
         call_id = self._num_calls
         future = self._calls[call_id] = self._loop.create_future()
-        self._client.send(CallUtility(call_id, method, [msgspec.Raw(msgspec.msgpack.encode(arg)) for arg in args]))
+        self._client.send(
+            CallUtility(call_id, method, [msgspec.Raw(msgspec.msgpack.encode(arg)) for arg in args])
+        )
         try:
             result = await future
         finally:
@@ -281,13 +297,15 @@ class AsyncEngine:
         return msgspec.msgpack.decode(result.value)
 
     async def drain(self, timeout: float) -> None:
-        """Refuse new requests, let the open ones finish for `timeout` seconds, then abort the rest."""
+        """Refuse new requests, give the open ones `timeout` seconds, then abort the rest."""
         self._is_draining = True
         try:
             async with asyncio.timeout(timeout):
                 await self._idle.wait()
         except TimeoutError:
-            logger.warning("aborting %d requests after %.1f s of draining", len(self._streams), timeout)
+            logger.warning(
+                "aborting %d requests after %.1f s of draining", len(self._streams), timeout
+            )
             for request_id in list(self._streams):
                 self._finish(request_id, FinishReason.ABORT)
 
@@ -381,6 +399,6 @@ class _Stream:
 
 
 def _is_short(prompt: Any) -> bool:
-    """Whether preparing `prompt` is quick enough to do on the loop; wrong types are, they are refused at once."""
+    """Whether `prompt` may be prepared on the loop. Wrong types may: they are refused at once."""
     text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
     return not isinstance(text, str) or len(text) <= INLINE_CHARS

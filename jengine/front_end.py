@@ -1,4 +1,4 @@
-"""What `AsyncEngine` and `LLM` both do once their core is ready: meet it, and describe the model."""
+"""What both engines do once their core is ready: check its greeting, and describe the model."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +25,8 @@ def check_greeting(ready: CoreReady) -> None:
     """Raise `EngineDeadError` if the core speaks another version of the protocol."""
     if ready.protocol_version != PROTOCOL_VERSION:
         raise EngineDeadError(
-            f"the engine core speaks protocol version {ready.protocol_version}, the front end {PROTOCOL_VERSION}"
+            f"the engine core speaks protocol version {ready.protocol_version}, "
+            f"the front end {PROTOCOL_VERSION}"
         )
 
 
@@ -47,9 +48,14 @@ def build_model_info(
         or _ids(tokenizer.eos_token_id if tokenizer else None)
     )
     if tokenizer is not None and tokenizer.eos_token_id is not None:
-        eos = (*eos, tokenizer.eos_token_id)  # chat models end a turn with it, whatever the config says
+        eos = (
+            *eos,
+            tokenizer.eos_token_id,
+        )  # chat models end a turn with it, whatever the config says
     defaults = {
-        ours: generation[theirs] for theirs, ours in _SAMPLING_DEFAULTS.items() if generation.get(theirs) is not None
+        ours: generation[theirs]
+        for theirs, ours in _SAMPLING_DEFAULTS.items()
+        if generation.get(theirs) is not None
     }
     return ModelInfo(
         model=config.model.model,

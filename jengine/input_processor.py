@@ -1,7 +1,8 @@
-"""From what a user passed to `CoreRequest`s: tokenising, filling defaults, and every check at the door.
+"""From what a user passed to `CoreRequest`s: tokenising, filling defaults, and every check at the
+door.
 
-Shared by `AsyncEngine` and `LLM`. `prepare` holds no state and may run in any thread. A request that passes here
-cannot fail in the engine core, so the core has no validation of its own.
+Shared by `AsyncEngine` and `LLM`. `prepare` holds no state and may run in any thread. A request
+that passes here cannot fail in the engine core, so the core has no validation of its own.
 """
 
 import itertools
@@ -48,7 +49,8 @@ Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
 class PreparedRequest:
     """A validated request and the core requests that serve it, one for each of its `n` completions.
 
-    `sampling` is a private copy with every default filled in: later changes to the caller's object have no effect.
+    `sampling` is a private copy with every default filled in: later changes to the caller's object
+    have no effect.
     """
 
     request_id: str
@@ -60,7 +62,9 @@ class PreparedRequest:
 
 
 class InputProcessor:
-    """`draw_seed` gives the seed of a request that has none, so that each request has its own random key."""
+    """`draw_seed` gives the seed of a request that has none, so that each request has its own
+    random key.
+    """
 
     def __init__(
         self,
@@ -80,7 +84,9 @@ class InputProcessor:
     def tokenizer(self) -> Tokenizer:
         """Raises `UnsupportedError` if the engine was started with `skip_tokenizer_init`."""
         if self._tokenizer is None:
-            raise UnsupportedError("the engine was started without a tokenizer (skip_tokenizer_init)")
+            raise UnsupportedError(
+                "the engine was started without a tokenizer (skip_tokenizer_init)"
+            )
         return self._tokenizer
 
     def prepare(
@@ -93,7 +99,7 @@ class InputProcessor:
         cache_salt: str = "",
         add_special_tokens: bool = True,
     ) -> PreparedRequest:
-        """Tokenise and validate. Raises `InvalidRequestError`, which names the field and its limit."""
+        """Tokenise and validate. `InvalidRequestError` names the field and its limit."""
         arrival_time = time.time()
         self._check_envelope(request_id, priority, cache_salt)
         sampling = checked_copy(sampling_params)
@@ -107,7 +113,9 @@ class InputProcessor:
                 request_id=core_request_id(request_id, index, sampling.n, serial),
                 prompt_token_ids=token_ids,
                 # One child computes the prompt's logprobs: its siblings have the same ones.
-                sampling=sampling.clone(n=1, prompt_logprobs=sampling.prompt_logprobs if index == 0 else None),
+                sampling=sampling.clone(
+                    n=1, prompt_logprobs=sampling.prompt_logprobs if index == 0 else None
+                ),
                 eos_token_ids=list(self._info.eos_token_ids),
                 seed=(seed + index) & _SEED_MASK,
                 priority=priority,
@@ -119,11 +127,17 @@ class InputProcessor:
         return PreparedRequest(request_id, text, token_ids, sampling, arrival_time, children)
 
     def encode_prompt(self, prompt: Any) -> list[int]:
-        """Token ids of any form of prompt, checked against the vocabulary and the model's length."""
-        return self._fit_prompt(self._read_prompt(prompt, "", add_special_tokens=True)[1], SamplingParams())
+        """Token ids of a prompt, checked against the vocabulary and the model's length."""
+        return self._fit_prompt(
+            self._read_prompt(prompt, "", add_special_tokens=True)[1], SamplingParams()
+        )
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None, **kwargs: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        **kwargs: Any,
     ) -> str:
         """The prompt of a conversation, by `chat_template`, else the engine's, else the model's."""
         template = self._chat_template if chat_template is None else chat_template
@@ -135,9 +149,13 @@ class InputProcessor:
         if not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
             raise InvalidRequestError("priority", f"must be a 64-bit integer, got {priority!r}")
         if priority != 0 and self._config.scheduler.policy != "priority":
-            raise InvalidRequestError("priority", "must be 0: the engine runs with scheduling policy 'fcfs'")
+            raise InvalidRequestError(
+                "priority", "must be 0: the engine runs with scheduling policy 'fcfs'"
+            )
         if not isinstance(cache_salt, str):
-            raise InvalidRequestError("cache_salt", f"must be a string, got {type(cache_salt).__name__}")
+            raise InvalidRequestError(
+                "cache_salt", f"must be a string, got {type(cache_salt).__name__}"
+            )
 
     def _read_prompt(
         self, prompt: Any, cache_salt: str, add_special_tokens: bool
@@ -146,7 +164,9 @@ class InputProcessor:
         if isinstance(prompt, Mapping):
             unknown = sorted(str(key) for key in prompt.keys() - _PROMPT_KEYS)
             if unknown:
-                raise InvalidRequestError("prompt", f"keys not supported by this engine: {', '.join(unknown)}")
+                raise InvalidRequestError(
+                    "prompt", f"keys not supported by this engine: {', '.join(unknown)}"
+                )
             cache_salt = prompt.get("cache_salt") or cache_salt
             text = prompt.get("prompt")
             if (ids := prompt.get("prompt_token_ids")) is not None:
@@ -157,8 +177,14 @@ class InputProcessor:
         if not isinstance(prompt, str):
             return None, _as_token_ids(prompt), cache_salt
         if self._tokenizer is None:
-            raise InvalidRequestError("prompt", "must be token ids: the engine was started with skip_tokenizer_init")
-        return prompt, self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens), cache_salt
+            raise InvalidRequestError(
+                "prompt", "must be token ids: the engine was started with skip_tokenizer_init"
+            )
+        return (
+            prompt,
+            self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens),
+            cache_salt,
+        )
 
     def _fit_prompt(self, token_ids: list[int], sampling: SamplingParams) -> list[int]:
         """Truncate from the left if asked to, then check length and range."""
@@ -166,7 +192,8 @@ class InputProcessor:
         if (keep := sampling.truncate_prompt_tokens) is not None:
             if keep > limit:
                 raise InvalidRequestError(
-                    "truncate_prompt_tokens", f"must be at most the model's length ({limit}), got {keep}"
+                    "truncate_prompt_tokens",
+                    f"must be at most {limit} (the model's length), got {keep}",
                 )
             # -1 keeps what the model can take, less the one token that is to be generated.
             token_ids = token_ids[-(limit - 1 if keep == -1 else keep) :]
@@ -175,12 +202,15 @@ class InputProcessor:
         if len(token_ids) >= limit:
             raise InvalidRequestError(
                 "prompt",
-                f"has {len(token_ids)} tokens; the model's length is {limit} and one token must be left to generate",
+                f"has {len(token_ids)} tokens; the model's length is {limit}, "
+                "and room for one generated token must be left",
             )
         vocab_size = self._info.vocab_size
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             bad = next(t for t in token_ids if not 0 <= t < vocab_size)
-            raise InvalidRequestError("prompt_token_ids", f"token id {bad} is outside the vocabulary [0, {vocab_size})")
+            raise InvalidRequestError(
+                "prompt_token_ids", f"token id {bad} is outside the vocabulary [0, {vocab_size})"
+            )
         return token_ids
 
     def _fill_sampling(self, sampling: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
@@ -191,13 +221,17 @@ class InputProcessor:
             self._check_logprobs(name, getattr(sampling, name))
         if self._tokenizer is None:
             if sampling.stop_strings or sampling.bad_words:
-                raise InvalidRequestError("stop", "needs a tokenizer: the engine was started with skip_tokenizer_init")
+                raise InvalidRequestError(
+                    "stop", "needs a tokenizer: the engine was started with skip_tokenizer_init"
+                )
             sampling = sampling.clone(detokenize=False)
         bad_word_ids = self._encode_bad_words(sampling.bad_words or ()) or sampling.bad_word_ids
         room = self._info.max_model_len - num_prompt_tokens
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         sampling = sampling.clone(
-            max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens), bad_word_ids=bad_word_ids
+            max_tokens=max_tokens,
+            min_tokens=min(sampling.min_tokens, max_tokens),
+            bad_word_ids=bad_word_ids,
         )
         self._check_banned(sampling)
         return sampling
@@ -208,11 +242,15 @@ class InputProcessor:
             return
         if value == -1 and limit != -1:
             raise InvalidRequestError(
-                name, f"-1 (whole vocabulary) needs an engine started with max_logprobs=-1; the limit is {limit}"
+                name,
+                "-1 (whole vocabulary) needs an engine started with max_logprobs=-1; "
+                f"the limit is {limit}",
             )
         limit = self._info.vocab_size if limit == -1 else limit
         if value > limit:
-            raise InvalidRequestError(name, f"must be at most {limit} (max_logprobs of the engine), got {value}")
+            raise InvalidRequestError(
+                name, f"must be at most {limit} (max_logprobs of the engine), got {value}"
+            )
 
     def _encode_bad_words(self, bad_words: Sequence[str]) -> list[list[int]] | None:
         """A word inside a text has other ids than at its start: both forms are banned."""
@@ -237,22 +275,23 @@ class InputProcessor:
         if num_stop > MAX_BANNED_IDS:
             raise InvalidRequestError(
                 "stop_token_ids",
-                f"with min_tokens at most {MAX_BANNED_IDS} ids (end-of-sequence included), got {num_stop}",
+                f"with min_tokens at most {MAX_BANNED_IDS} ids (end-of-sequence included), "
+                f"got {num_stop}",
             )
         num_words = len(sampling.bad_word_ids or ())
         if num_stop + num_words > MAX_BANNED_IDS:
             raise InvalidRequestError(
                 "bad_words",
-                f"at most {MAX_BANNED_IDS} token sequences together with the stop ids that min_tokens holds back, "
-                f"got {num_words} + {num_stop}",
+                f"at most {MAX_BANNED_IDS} token sequences, with the stop ids that min_tokens "
+                f"holds back, got {num_words} + {num_stop}",
             )
 
 
 def core_request_id(request_id: str, index: int, n: int, serial: int) -> str:
     """Id of completion `index` in the engine core.
 
-    The serial number keeps a request apart from an aborted one of the same id, whose last tokens may still be under
-    way when a client tries again.
+    The serial number keeps a request apart from an aborted one of the same id, whose last tokens
+    may still be under way when a client tries again.
     """
     return f"{request_id}~{serial}" if n == 1 else f"{request_id}-{index}~{serial}"
 
@@ -260,11 +299,14 @@ def core_request_id(request_id: str, index: int, n: int, serial: int) -> str:
 def checked_copy(params: SamplingParams) -> SamplingParams:
     """A copy that has passed every check again, types included.
 
-    `SamplingParams` is mutable and Python checks no types: `top_k=1.5` would only fail on the far side of the wire,
-    in the engine core. Encoding and decoding here costs about 10 us and finds it first.
+    `SamplingParams` is mutable and Python checks no types: `top_k=1.5` would only fail on the far
+    side of the wire, in the engine core. Encoding and decoding here costs about 10 us and finds it
+    first.
     """
     if not isinstance(params, SamplingParams):
-        raise InvalidRequestError("sampling_params", f"must be SamplingParams, got {type(params).__name__}")
+        raise InvalidRequestError(
+            "sampling_params", f"must be SamplingParams, got {type(params).__name__}"
+        )
     try:
         return msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
     except msgspec.ValidationError as error:
@@ -282,5 +324,6 @@ def _as_token_ids(prompt: Any) -> list[int]:
         return [operator.index(token_id) for token_id in prompt]
     except TypeError:
         raise InvalidRequestError(
-            "prompt", "must be a string, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"
+            "prompt",
+            "must be a string, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'",
         ) from None

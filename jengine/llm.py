@@ -1,4 +1,6 @@
-"""LLM: offline batches and notebooks, with the names, arguments and results of vLLM's class of that name."""
+"""LLM: offline batches and notebooks, with the names, arguments and results of vLLM's class of that
+name.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,18 +36,18 @@ class LLM:
     """A model, its KV cache, and an engine that batches requests over both.
 
     Args:
-        model: Folder, .gguf file, pulled name or Hub id.
-        tokenizer: Where to read the tokenizer, if not from the model.
-        skip_tokenizer_init: Take and give token ids only.
-        dtype: Of parameters and activations; "auto" follows the checkpoint.
-        seed: Makes a run repeatable: requests without a seed of their own get one drawn from it, in order.
-        gpu_memory_utilization: Share of the device's memory, in (0, 1], that the engine may plan with.
-        max_model_len: Longest prompt plus completion, in tokens; None for the model's own.
-        hf_overrides: Entries that replace those of the model's config.json.
-        chat_template: Jinja source or file that replaces the model's own.
-        core_factory: The engine core, "module:name" (tests replace it).
-        kwargs: Any field of `EngineConfig` and its parts (`max_num_seqs`, `enable_prefix_caching`, ...). Arguments
-            of `vllm.LLM` that mean nothing here are accepted, or refused where they would change the results.
+        model: Folder, .gguf file, pulled name or Hub id. tokenizer: Where to read the tokenizer, if
+        not from the model. skip_tokenizer_init: Take and give token ids only. dtype: Of parameters
+        and activations; "auto" follows the checkpoint. seed: Makes a run repeatable: requests
+        without a seed of their own get one drawn from it, in order. gpu_memory_utilization: Share
+        of the device's memory, in (0, 1], that the engine may plan with. max_model_len: Longest
+        prompt plus completion, in tokens; None for the model's own. hf_overrides: Entries that
+        replace those of the model's config.json. chat_template: Jinja source or file that replaces
+        the model's own. core_factory: The engine core, "module:name" (tests replace it). kwargs:
+        Any field of `EngineConfig` and its parts (`max_num_seqs`, `enable_prefix_caching`, ...).
+        Arguments
+            of `vllm.LLM` that mean nothing here are accepted, or refused where they would change
+            the results.
 
     Raises:
         ModelNotFoundError, LoadError, UnsupportedError: The model cannot be opened or run here.
@@ -99,14 +101,18 @@ class LLM:
         priority: int | Sequence[int] | None = None,
         tokenization_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Complete one prompt or many, all running together; the results are in the order of the prompts.
+        """Complete one prompt or many, all running together; the results are in the order of the
+        prompts.
 
-        A prompt is text, a list of token ids, or a dict `{"prompt": ...}` / `{"prompt_token_ids": [...]}`.
-        `sampling_params` and `priority` (lower runs first) are one for all, or one for each prompt; without
-        sampling parameters the model's own defaults hold. Raises `InvalidRequestError` before anything starts, and
-        `EngineDeadError`. Ctrl-C aborts the requests and leaves the engine usable.
+        A prompt is text, a list of token ids, or a dict `{"prompt": ...}` / `{"prompt_token_ids":
+        [...]}`. `sampling_params` and `priority` (lower runs first) are one for all, or one for
+        each prompt; without sampling parameters the model's own defaults hold. Raises
+        `InvalidRequestError` before anything starts, and `EngineDeadError`. Ctrl-C aborts the
+        requests and leaves the engine usable.
         """
-        request_ids = self._add(_as_prompts(prompts), sampling_params, lora_request, priority, tokenization_kwargs)
+        request_ids = self._add(
+            _as_prompts(prompts), sampling_params, lora_request, priority, tokenization_kwargs
+        )
         return self._run(request_ids, use_tqdm)
 
     def chat(
@@ -124,9 +130,11 @@ class LLM:
         *,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or many. `chat_template_kwargs` go to the template.
+        """Answer one conversation (a list of messages) or many. `chat_template_kwargs` go to the
+        template.
 
-        `chat_template_content_format` is accepted for vLLM's sake: messages reach the template as they are.
+        `chat_template_content_format` is accepted for vLLM's sake: messages reach the template as
+        they are.
         """
         prompts = [
             self._render(
@@ -139,7 +147,9 @@ class LLM:
             )
             for conversation in _as_conversations(messages)
         ]
-        return self._run(self._add(prompts, sampling_params, lora_request, priority, None), use_tqdm)
+        return self._run(
+            self._add(prompts, sampling_params, lora_request, priority, None), use_tqdm
+        )
 
     def enqueue(
         self,
@@ -152,7 +162,9 @@ class LLM:
         tokenization_kwargs: dict[str, Any] | None = None,
     ) -> list[str]:
         """Start requests as `generate` does, but do not wait for them. Returns their ids."""
-        request_ids = self._add(_as_prompts(prompts), sampling_params, lora_request, priority, tokenization_kwargs)
+        request_ids = self._add(
+            _as_prompts(prompts), sampling_params, lora_request, priority, tokenization_kwargs
+        )
         self._enqueued += request_ids
         return request_ids
 
@@ -162,7 +174,9 @@ class LLM:
         return self._run(request_ids, use_tqdm)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` uses when it is given none: the model's generation config over vLLM's defaults."""
+        """What `generate` uses when it is given none: the model's generation config over vLLM's
+        defaults.
+        """
         return SamplingParams(**self.model_info.default_sampling_params)
 
     # --- control
@@ -193,7 +207,9 @@ class LLM:
         return build_metrics(self._engine.stats, self.model_info.served_model_names[0])
 
     def start_profile(self, trace_dir: str | Path | None = None) -> Path:
-        """Start a `jax.profiler` trace (for XProf or Perfetto). Returns the folder it will be written to."""
+        """Start a `jax.profiler` trace (for XProf or Perfetto). Returns the folder it will be
+        written to.
+        """
         import jax.profiler
 
         folder = Path(trace_dir) if trace_dir is not None else cache_root() / "profiles"
@@ -207,7 +223,9 @@ class LLM:
         jax.profiler.stop_trace()
 
     def close(self) -> None:
-        """Stop the engine and free the device. Idempotent; also done when the object or the program ends."""
+        """Stop the engine and free the device. Idempotent; also done when the object or the program
+        ends.
+        """
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -248,9 +266,12 @@ class LLM:
     # --- helpers
 
     def _render(self, conversation: Sequence[Message], **kwargs: Any) -> TokensPrompt:
-        """The template writes special tokens itself, so none are added when its text is tokenised."""
+        """The template writes special tokens itself: none are added by the tokenizer."""
         text = self._engine.inputs.render_chat(list(conversation), **kwargs)
-        return {"prompt": text, "prompt_token_ids": self.get_tokenizer().encode(text, add_special_tokens=False)}
+        return {
+            "prompt": text,
+            "prompt_token_ids": self.get_tokenizer().encode(text, add_special_tokens=False),
+        }
 
     def _add(
         self,
@@ -266,7 +287,9 @@ class LLM:
         options = dict(tokenization_kwargs or {})
         add_special_tokens = bool(options.pop("add_special_tokens", True))
         if options:
-            raise InvalidRequestError("tokenization_kwargs", f"not supported: {', '.join(sorted(options))}")
+            raise InvalidRequestError(
+                "tokenization_kwargs", f"not supported: {', '.join(sorted(options))}"
+            )
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         all_params = _one_each(sampling_params, SamplingParams, len(prompts), "sampling_params")
@@ -280,7 +303,9 @@ class LLM:
                 priority=level,
                 add_special_tokens=add_special_tokens,
             )
-            for i, (prompt, params, level) in enumerate(zip(prompts, all_params, priorities, strict=True))
+            for i, (prompt, params, level) in enumerate(
+                zip(prompts, all_params, priorities, strict=True)
+            )
         ]
         self._engine.add(prepared)
         self._num_requests += len(prepared)
@@ -300,19 +325,24 @@ class LLM:
                 num_out += sum(len(completion.token_ids) for completion in output.outputs)
                 elapsed = max(time.perf_counter() - start, 1e-9)
                 bar.set_postfix_str(
-                    f"input: {num_in / elapsed:.2f} toks/s, output: {num_out / elapsed:.2f} toks/s", refresh=False
+                    f"input: {num_in / elapsed:.2f} toks/s, output: {num_out / elapsed:.2f} toks/s",
+                    refresh=False,
                 )
                 bar.update(1)
 
             return self._engine.run(request_ids, show)
 
 
-def _as_prompts(prompts: Any) -> Sequence[Prompt]:
+def _as_prompts(prompts: Any) -> Sequence[Any]:
     """A single prompt becomes a list of one; a list of ints is one prompt of token ids."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
     prompts = list(prompts)
-    is_one = bool(prompts) and not isinstance(prompts[0], str | Mapping | Sequence) and _is_int(prompts[0])
+    is_one = (
+        bool(prompts)
+        and not isinstance(prompts[0], str | Mapping | Sequence)
+        and _is_int(prompts[0])
+    )
     return [prompts] if is_one else prompts
 
 

@@ -29,7 +29,9 @@ def build_metrics(stats: EngineStats, model_name: str) -> list[Metric]:
     gauges = {
         "vllm:num_requests_running": stats.num_running,
         "vllm:num_requests_waiting": stats.num_waiting,
-        "vllm:kv_cache_usage_perc": stats.num_pages_used / stats.num_pages_total if stats.num_pages_total else 0.0,
+        "vllm:kv_cache_usage_perc": stats.num_pages_used / stats.num_pages_total
+        if stats.num_pages_total
+        else 0.0,
     }
     counters = {
         "vllm:num_preemptions": stats.num_preemptions,

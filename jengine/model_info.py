@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """`default_sampling_params` are keyword arguments of `SamplingParams`, from the model's generation config.
+    """`default_sampling_params` are keyword arguments of `SamplingParams`, from the model's
+    generation config.
 
     `tokenizer_folder` holds tokenizer.json; None when the tokenizer came out of a GGUF file.
     """

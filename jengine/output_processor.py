@@ -1,17 +1,25 @@
-"""From the core's tokens to the user's text: detokenising, stop strings, logprobs, and n completions in one stream.
+"""From the core's tokens to the user's text: detokenising, stop strings, logprobs, and n
+completions in one stream.
 
-`OutputProcessor` keeps one `RequestState` for each request in flight. Nothing is queued for a reader: the state grows
-with each step, and `RequestState.take` builds an output of what is new when the reader comes for it. A slow reader
-therefore gets fewer, larger outputs, loses nothing, and costs no memory beyond the tokens themselves.
+`OutputProcessor` keeps one `RequestState` for each request in flight. Nothing is queued for a
+reader: the state grows with each step, and `RequestState.take` builds an output of what is new when
+the reader comes for it. A slow reader therefore gets fewer, larger outputs, loses nothing, and
+costs no memory beyond the tokens themselves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from jengine.errors import DuplicateRequestError, InvalidRequestError, JengineError, QueueFullError
 from jengine.input_processor import PreparedRequest
-from jengine.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput, RequestTimings
+from jengine.outputs import (
+    CompletionOutput,
+    Logprob,
+    PositionLogprobs,
+    RequestOutput,
+    RequestTimings,
+)
 from jengine.protocol import CoreOutput, LogprobsData, Refusal, StepOutputs
-from jengine.request import FinishReason, RequestOutputKind, SamplingParams
+from jengine.request import FinishReason, RequestOutputKind
 from jengine.text.detokenizer import IncrementalDetokenizer
 from jengine.text.stop import StopChecker
 from jengine.text.tokenizer import Tokenizer
@@ -23,7 +31,9 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
         self._requests: dict[str, RequestState] = {}
-        self._completions: dict[str, tuple[RequestState, CompletionState]] = {}  # by the core's request id
+        self._completions: dict[
+            str, tuple[RequestState, CompletionState]
+        ] = {}  # by the core's request id
 
     @property
     def requests(self) -> "dict[str, RequestState]":
@@ -41,7 +51,10 @@ class OutputProcessor:
         return state
 
     def process(self, message: StepOutputs) -> "tuple[list[RequestState], list[str]]":
-        """Take in one step. Returns the requests that changed, and the core's ids that a stop string has ended."""
+        """Take in one step.
+
+        Returns the requests that changed, and the core's ids that a stop string has ended.
+        """
         changed: dict[str, RequestState] = {}
         stopped: list[str] = []
         for output in message.outputs:
@@ -66,7 +79,7 @@ class OutputProcessor:
         return list(changed.values()), stopped
 
     def finish(self, request_id: str, reason: FinishReason) -> list[str]:
-        """End a request here and now. Returns the ids that the core still works on; none if it is unknown."""
+        """End a request here and now; unknown ones are ignored. Returns the core's ids to abort."""
         state = self._requests.pop(request_id, None)
         if state is None:
             return []
@@ -80,7 +93,10 @@ class OutputProcessor:
 
 
 class RequestState:
-    """One request: its completions, and what belongs to the prompt. `error`, if set, is to be raised to the reader."""
+    """One request: its completions, and what belongs to the prompt.
+
+    `error`, if set, is to be raised to the reader.
+    """
 
     def __init__(self, prepared: PreparedRequest, tokenizer: Tokenizer | None) -> None:
         self.request_id = prepared.request_id
@@ -95,16 +111,18 @@ class RequestState:
         self._prompt_logprobs: list[PositionLogprobs | None] | None = None
         if prepared.sampling.prompt_logprobs is not None:
             self._prompt_logprobs = [None]  # nothing predicts the first token
-        self.completions = [CompletionState(index, prepared, tokenizer) for index in range(len(self.core_ids))]
+        self.completions = [
+            CompletionState(index, prepared, tokenizer) for index in range(len(self.core_ids))
+        ]
 
     @property
     def is_finished(self) -> bool:
         return all(completion.is_finished for completion in self.completions)
 
     def note_progress(self, output: CoreOutput, index: int, timestamp: float) -> None:
-        """What a step says about the request as a whole. Times are the first, or the last, over its completions."""
+        """What a step says about the request as a whole."""
         timings = self.timings
-        if index == 0:  # later completions find the prompt in the prefix cache, put there by the first
+        if index == 0:  # the others find the prompt in the prefix cache, where the first put it
             self._num_cached_tokens = output.num_cached_tokens
         if timings.scheduled_time is None:
             timings.scheduled_time = output.scheduled_time
@@ -114,10 +132,12 @@ class RequestState:
                 timings.first_token_time = output.first_token_time or timestamp
         timings.num_preemptions = max(timings.num_preemptions, output.num_preemptions)
         if output.prompt_logprobs and self._prompt_logprobs is not None:
-            self._prompt_logprobs += [build_position_logprobs(data, self._decode) for data in output.prompt_logprobs]
+            self._prompt_logprobs += [
+                build_position_logprobs(data, self._decode) for data in output.prompt_logprobs
+            ]
 
     def take(self) -> RequestOutput | None:
-        """An output of what is new since the last call, in the request's output kind; None if nothing is."""
+        """What is new since the last call, in the request's output kind; None if nothing is."""
         kind = self.sampling.output_kind
         is_finished = self.is_finished
         if kind is RequestOutputKind.FINAL_ONLY and not is_finished:
@@ -139,7 +159,7 @@ class RequestState:
     def _take_prompt_logprobs(
         self, kind: RequestOutputKind, is_finished: bool
     ) -> list[PositionLogprobs | None] | None:
-        """In a DELTA stream once, when complete: a sibling's first token may come before the last chunk of them."""
+        """In a DELTA stream once, when complete: a sibling's token may come before their last."""
         prompt_logprobs = self._prompt_logprobs
         if kind is not RequestOutputKind.DELTA or prompt_logprobs is None:
             return prompt_logprobs
@@ -177,7 +197,8 @@ class CompletionState:
         self._stops: StopChecker | None = None
         if sampling.stop_strings:
             self._stops = StopChecker(
-                sampling.stop_strings, include_stop_str_in_output=sampling.include_stop_str_in_output
+                sampling.stop_strings,
+                include_stop_str_in_output=sampling.include_stop_str_in_output,
             )
 
     @property
@@ -185,25 +206,28 @@ class CompletionState:
         return self._finish_reason is not None
 
     def extend(self, output: CoreOutput) -> None:
-        """Append a step's tokens. A stop string found in their text ends the completion at the token it ends in."""
+        """Append a step's tokens, at most up to the one that completes a stop string."""
+        hidden = -1
+        if output.finish_reason is FinishReason.STOP:
+            # A token that stops is part of token_ids, but of the text only if the user asks for it.
+            is_shown = self._sampling.include_stop_str_in_output
+            hidden = -1 if is_shown else len(output.new_token_ids) - 1
         for i, token_id in enumerate(output.new_token_ids):
             self._token_ids.append(token_id)
             if output.logprobs is not None and self._logprobs is not None:
                 data = output.logprobs[i]
                 self._logprobs.append(build_position_logprobs(data, self._decode))
                 self._cumulative_logprob = (self._cumulative_logprob or 0.0) + data.logprobs[0]
-            is_stop_token = output.finish_reason is FinishReason.STOP and i == len(output.new_token_ids) - 1
-            # A token that stops is part of token_ids, but of the text only if the user wants it there.
-            if self._detokenizer is None or (is_stop_token and not self._sampling.include_stop_str_in_output):
+            if self._detokenizer is None or i == hidden:
                 continue
             if self._add_text(self._detokenizer.add([token_id])):
                 return
         self.has_news |= bool(output.new_token_ids)
         if output.finish_reason is not None:
-            self.finish(output.finish_reason, output.stop_reason if output.error is None else output.error)
+            self.finish(output.finish_reason, output.error or output.stop_reason)
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None) -> None:
-        """End the completion. What the detokeniser holds back becomes text, and may complete a stop string."""
+        """End the completion. What was held back becomes text, and may complete a stop string."""
         self.has_news = True
         if self._detokenizer is not None and self._add_text(self._detokenizer.finish()):
             return
@@ -233,12 +257,14 @@ class CompletionState:
         )
 
     def _add_text(self, text: str) -> bool:
-        """Append text, without what may begin a stop string. Returns whether a stop string ended the completion."""
+        """Append text, less what may begin a stop string. Returns whether one is complete."""
         if self._stops is None:
             self._text += text
             return False
         # A stop string counts if it ends after min_tokens; it may have begun before.
-        self._text += self._stops.add(text, may_match=len(self._token_ids) > self._sampling.min_tokens)
+        self._text += self._stops.add(
+            text, may_match=len(self._token_ids) > self._sampling.min_tokens
+        )
         if self._stops.match is None:
             return False
         self._finish_reason, self._stop_reason = FinishReason.STOP, self._stops.match.stop
@@ -246,11 +272,14 @@ class CompletionState:
         return True
 
 
-def build_position_logprobs(data: LogprobsData, decode: Callable[[int], str | None]) -> PositionLogprobs:
-    """The chosen token first, then the best k; the chosen one is not repeated if it is among them."""
+def build_position_logprobs(
+    data: LogprobsData, decode: Callable[[int], str | None]
+) -> PositionLogprobs:
+    """The chosen token first, then the best k, among which it is not repeated."""
     chosen = data.token_ids[0]
     result: PositionLogprobs = {chosen: Logprob(data.logprobs[0], data.rank, decode(chosen))}
-    for rank, (token_id, logprob) in enumerate(_best(data), start=1):
+    best = zip(data.token_ids[1:], data.logprobs[1:], strict=True)
+    for rank, (token_id, logprob) in enumerate(best, start=1):
         if token_id != chosen:
             result[token_id] = Logprob(logprob, rank, decode(token_id))
     return result
@@ -262,11 +291,6 @@ def _build_refusal(output: CoreOutput) -> JengineError:
         return QueueFullError(message)
     field, _, reason = message.partition(": ")  # as `InvalidRequestError` prints itself
     return InvalidRequestError(field, reason) if reason else InvalidRequestError("prompt", message)
-
-
-def _best(data: LogprobsData) -> "zip[tuple[int, float]]":
-    best_ids: Sequence[int] = data.token_ids[1:]
-    return zip(best_ids, data.logprobs[1:], strict=True)
 
 
 def _no_text(token_id: int) -> None:

@@ -1,7 +1,7 @@
 """SyncEngine: the blocking counterpart of `AsyncEngine`, on which `LLM` stands.
 
-The engine core runs in a daemon thread; whoever calls here waits on a queue. No event loop is involved, so it works
-in a notebook, whose main thread already runs one. Not thread-safe.
+The engine core runs in a daemon thread; whoever calls here waits on a queue. No event loop is
+involved, so it works in a notebook, whose main thread already runs one. Not thread-safe.
 """
 
 import atexit
@@ -60,8 +60,9 @@ class SyncEngine:
         self._finished: dict[str, RequestOutput | JengineError] = {}
         self._outputs = OutputProcessor(tokenizer)
         self._client = ThreadCoreClient(config, core_factory)
-        # A program that forgets `close` must end cleanly all the same. Registered once the core has imported jax,
-        # so that it runs before jax takes its back ends down; `finalize`'s own exit hook may run after.
+        # A program that forgets `close` must end cleanly all the same. Registered once the core has
+        # imported jax, so that it runs before jax takes its back ends down; `finalize`'s own exit
+        # hook may run after.
         self._stop = weakref.finalize(self, _stop_core, self._client)
         self._stop.atexit = False
         atexit.register(self._stop)
@@ -72,9 +73,12 @@ class SyncEngine:
             self.close()
             raise
         self.model_info = build_model_info(config, checkpoint, tokenizer, self.ready)
-        # Seeds that requests do not bring come from the engine's, in order: a script gives the same texts every time.
+        # Seeds that requests do not bring come from the engine's, in order: a script gives the same
+        # texts every time.
         draw_seed = random.Random(config.model.seed).getrandbits
-        self.inputs = InputProcessor(config, self.model_info, tokenizer, lambda: draw_seed(SEED_BITS))
+        self.inputs = InputProcessor(
+            config, self.model_info, tokenizer, lambda: draw_seed(SEED_BITS)
+        )
 
     @property
     def core(self) -> Core:
@@ -82,13 +86,19 @@ class SyncEngine:
         return self._client.core
 
     def add(self, requests: Iterable[PreparedRequest]) -> None:
-        """Start requests; more than the core's bounded queue takes follow as others finish, during `run`."""
+        """Start requests; more than the core's bounded queue takes follow as others finish, during
+        `run`.
+        """
         self._check_alive()
         self._unsent.extend(requests)
         self._send_more()
 
-    def run(self, request_ids: Collection[str], on_finished: Callable[[RequestOutput], None]) -> list[RequestOutput]:
-        """Wait until these requests are finished; their outputs in order. If interrupted, they are aborted."""
+    def run(
+        self, request_ids: Collection[str], on_finished: Callable[[RequestOutput], None]
+    ) -> list[RequestOutput]:
+        """Wait until these requests are finished; their outputs in order. If interrupted, they are
+        aborted.
+        """
         waiting = set(request_ids)
         try:
             while True:
@@ -101,7 +111,11 @@ class SyncEngine:
                 if not waiting:
                     break
                 self._receive()
-            return [result for i in request_ids if isinstance(result := self._finished[i], RequestOutput)]
+            return [
+                result
+                for i in request_ids
+                if isinstance(result := self._finished[i], RequestOutput)
+            ]
         finally:
             self._forget(request_ids)
 
@@ -110,14 +124,18 @@ class SyncEngine:
         self._check_alive()
         self._num_calls += 1
         call_id = self._num_calls
-        self._client.send(CallUtility(call_id, method, [msgspec.Raw(msgspec.msgpack.encode(arg)) for arg in args]))
+        self._client.send(
+            CallUtility(call_id, method, [msgspec.Raw(msgspec.msgpack.encode(arg)) for arg in args])
+        )
         result = self._wait_for(lambda: self._results.pop(call_id, None))
         if result.error is not None:
             raise JengineError(f"{method}: {result.error}")
         return msgspec.msgpack.decode(result.value)
 
     def close(self) -> None:
-        """Stop the core and free the device. Idempotent; also done when the object or the program ends."""
+        """Stop the core and free the device. Idempotent; also done when the object or the program
+        ends.
+        """
         self._dead_error = self._dead_error or "the engine was closed"
         self._stop()
         atexit.unregister(self._stop)

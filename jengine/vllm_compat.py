@@ -1,7 +1,8 @@
-"""Arguments of `vllm.LLM` that mean nothing here: what to do with each, so that a script needs no edit.
+"""Arguments of `vllm.LLM` that mean nothing here: what to do with each, so that a script needs no
+edit.
 
-`HINTS` tune vLLM without changing results: any value is accepted, an unusual one with a warning. `FEATURES` would
-change results: only the value that leaves the feature off is accepted.
+`HINTS` tune vLLM without changing results: any value is accepted, an unusual one with a warning.
+`FEATURES` would change results: only the value that leaves the feature off is accepted.
 """
 
 import logging
@@ -70,7 +71,9 @@ FEATURES: dict[str, tuple[Any, ...]] = {
 
 
 def drop_vllm_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Without the arguments above. Raises `UnsupportedError` where one asks for a feature that is not built."""
+    """Without the arguments above. Raises `UnsupportedError` where one asks for a feature that is
+    not built.
+    """
     kept: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name in FEATURES:

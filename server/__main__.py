@@ -1,4 +1,6 @@
-"""The `jengine` command. Each command imports what it needs when it runs: `jengine --help` is quick."""
+"""The `jengine` command. Each command imports what it needs when it runs: `jengine --help` is
+quick.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ logger = logging.getLogger("jengine.server")
 
 
 def main() -> None:
-    """Entry point of the console script. Errors raised on purpose become one line and exit code 1."""
+    """Entry point of the console script. Errors on purpose become one line and exit code 1."""
     argv = sys.argv[1:]
     if argv and argv[0] in COMMANDS_WITH_VLLM_FLAGS:
         argv, dropped, refused = vllm_flags.split(argv)

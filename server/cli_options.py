@@ -1,4 +1,5 @@
-"""Command-line flags as frozen dataclasses that commands share, spelled as vLLM's where it has them.
+"""Command-line flags as frozen dataclasses that commands share, spelled as vLLM's where it has
+them.
 
 `takes(EngineFlags, ServerFlags)` gives a command the flags of both and hands it one object of each.
 """
@@ -32,17 +33,18 @@ def _flag(*names: str, panel: str, text: str) -> Any:
 
 @dataclass(frozen=True)
 class EngineFlags:
-    """Flags of everything that runs a model. Values that were not given stay None: the engine's defaults."""
+    """Flags of everything that runs a model. Values that were not given stay None: the engine's
+    defaults.
+    """
 
     model_argument: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="A folder, a .gguf file, a pulled name (smollm2-135m) or a Hub id."
+            metavar="MODEL",
+            help="A folder, a .gguf file, a pulled name (smollm2-135m) or a Hub id.",
         ),
     ] = None
-    model: Annotated[
-        str | None, _flag("--model", panel=_MODEL, text="The same, as a flag.")
-    ] = None
+    model: Annotated[str | None, _flag("--model", panel=_MODEL, text="The same, as a flag.")] = None
     tokenizer: Annotated[
         str | None, _flag("--tokenizer", panel=_MODEL, text="Tokenizer of another model.")
     ] = None
@@ -66,7 +68,9 @@ class EngineFlags:
     seed: Annotated[int | None, _flag("--seed", panel=_MODEL, text="Seed of dummy weights.")] = None
     hf_overrides: Annotated[
         str | None,
-        _flag("--hf-overrides", panel=_MODEL, text="JSON object that replaces parts of config.json."),
+        _flag(
+            "--hf-overrides", panel=_MODEL, text="JSON object that replaces parts of config.json."
+        ),
     ] = None
     chat_template: Annotated[
         str | None, _flag("--chat-template", panel=_MODEL, text="A Jinja file, or the text itself.")
@@ -137,7 +141,8 @@ class EngineFlags:
         int | None, _flag("--data-parallel-size", panel=_SCHEDULER, text="1 in this version.")
     ] = None
     compile_cache_dir: Annotated[
-        Path | None, _flag("--compile-cache-dir", panel=_COMPILE, text="Where executables are kept.")
+        Path | None,
+        _flag("--compile-cache-dir", panel=_COMPILE, text="Where executables are kept."),
     ] = None
     compile_threads: Annotated[
         int | None, _flag("--compile-threads", panel=_COMPILE, text="Programs compiled at once.")
@@ -165,7 +170,9 @@ class EngineFlags:
 class ServerFlags:
     """Flags of `serve` alone."""
 
-    host: Annotated[str, _flag("--host", panel=_SERVER, text="Address of both ports.")] = "127.0.0.1"
+    host: Annotated[str, _flag("--host", panel=_SERVER, text="Address of both ports.")] = (
+        "127.0.0.1"
+    )
     port: Annotated[int, _flag("--port", panel=_SERVER, text="HTTP; 0 draws a free one.")] = 8000
     grpc_port: Annotated[
         int, _flag("--grpc-port", panel=_SERVER, text="gRPC; 0 draws a free one.")
@@ -268,7 +275,9 @@ _SAME_IN_SETTINGS = {f.name for f in fields(ServerFlags)} - {"port", "grpc_port"
 
 
 def takes(*groups: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose first parameters are flag groups: typer sees their fields as its own parameters."""
+    """A command whose first parameters are flag groups: typer sees their fields as its own
+    parameters.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[len(groups) :]
@@ -277,7 +286,9 @@ def takes(*groups: type[Any]) -> Callable[[Callable[..., None]], Callable[..., N
 
         @functools.wraps(command)
         def flat(**values: Any) -> None:
-            built = [group(**{f.name: values.pop(f.name) for f in fields(group)}) for group in groups]
+            built = [
+                group(**{f.name: values.pop(f.name) for f in fields(group)}) for group in groups
+            ]
             command(*built, **values)
 
         flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -1,4 +1,6 @@
-"""What `jengine chat`, `generate` and `plan` talk to: a server, or an engine loaded into this process."""
+"""What `jengine chat`, `generate` and `plan` talk to: a server, or an engine loaded into this
+process.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`jengine collect-env`: what a bug report needs. JAX is asked in a process of its own, so that its absence or a broken
-driver is a line in the report instead of the report's end.
+"""`jengine collect-env`: what a bug report needs. JAX is asked in a process of its own, so that its
+absence or a broken driver is a line in the report instead of the report's end.
 """
 
 import json

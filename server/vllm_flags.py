@@ -1,4 +1,6 @@
-"""vLLM's flags that this engine does not have: harmless ones are dropped with a warning, others explained."""
+"""vLLM's flags that this engine does not have: harmless ones are dropped with a warning, others
+explained.
+"""
 
 from collections.abc import Sequence
 
@@ -84,7 +86,8 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     words = iter(argv)
     for word in words:
         name, has_value, _ = word.partition("=")
-        name = name.replace("_", "-") if name.startswith("--") else name  # vLLM takes both spellings
+        # vLLM takes both spellings
+        name = name.replace("_", "-") if name.startswith("--") else name
         if name in IGNORED:
             dropped.append(name)
             if not has_value:

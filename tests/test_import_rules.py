@@ -70,7 +70,13 @@ for _name in FRONT_END:
 MAY_IMPORT["jengine"] = FRONT_END  # lazy exports of jengine/__init__.py
 MAY_IMPORT["jengine.client"] = frozenset({"jengine.server.proto"})
 MAY_IMPORT["jengine.server"] = frozenset(
-    {"jengine", "jengine.async_engine", "jengine.client", "jengine.text.tokenizer"}
+    {
+        "jengine",
+        "jengine.async_engine",
+        "jengine.client",
+        "jengine.loading.pull",
+        "jengine.text.tokenizer",
+    }
 )
 
 # The host side: these start without the seconds that importing JAX takes.

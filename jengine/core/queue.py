@@ -67,18 +67,21 @@ class FcfsQueue:
 
 
 class PriorityQueue:
-    """Lowest (priority, arrival time) first. A removed request stays until it surfaces."""
+    """Lowest (priority, arrival time) first.
+
+    A removed request stays in the heap until it surfaces; it has finished, so it never comes back.
+    """
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, float, int, Request]] = []
-        self._ticket_of: dict[Request, int] = {}  # the live entry of each request
+        self._live: set[Request] = set()
         self._tickets = count(1)
 
     def __len__(self) -> int:
-        return len(self._ticket_of)
+        return len(self._live)
 
     def __iter__(self) -> Iterator[Request]:
-        return (entry[-1] for entry in sorted(self._heap) if self._is_live(entry))
+        return (request for *_, request in sorted(self._heap) if request in self._live)
 
     def push(self, request: Request) -> None:
         self._push(request, next(self._tickets))
@@ -87,26 +90,23 @@ class PriorityQueue:
         self._push(request, -next(self._tickets))
 
     def peek(self) -> Request:
-        while not self._is_live(self._heap[0]):
+        while (request := self._heap[0][-1]) not in self._live:
             heapq.heappop(self._heap)
-        return self._heap[0][-1]
+        return request
 
     def pop(self) -> Request:
         request = self.peek()
         heapq.heappop(self._heap)
-        del self._ticket_of[request]
+        self._live.remove(request)
         return request
 
     def remove(self, request: Request) -> None:
-        del self._ticket_of[request]
+        self._live.remove(request)
         # Dead entries never outnumber live ones for long: O(1) a removal, amortised.
-        if len(self._heap) > 2 * len(self._ticket_of) + 16:
-            self._heap = [entry for entry in self._heap if self._is_live(entry)]
+        if len(self._heap) > 2 * len(self._live) + 16:
+            self._heap = [entry for entry in self._heap if entry[-1] in self._live]
             heapq.heapify(self._heap)
 
     def _push(self, request: Request, ticket: int) -> None:
-        self._ticket_of[request] = ticket
+        self._live.add(request)
         heapq.heappush(self._heap, (*precedence(request), ticket, request))
-
-    def _is_live(self, entry: tuple[int, float, int, Request]) -> bool:
-        return self._ticket_of.get(entry[-1]) == entry[-2]

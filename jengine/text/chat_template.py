@@ -129,7 +129,7 @@ def _cut_after_final(prompt: str, final: str) -> str:
 
 def _reads_parts(tree: nodes.Template) -> bool:
     """Whether the template loops over a message's content, hence understands a list of parts."""
-    names = {CONTENT}  # variables set from content, as in `{% set content = message.content %}`
+    names: set[str] = set()  # variables set from it, as in `{% set text = message.content %}`
     for assign in tree.find_all(nodes.Assign):
         if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names):
             names.add(assign.target.name)
@@ -143,7 +143,7 @@ def _is_content(node: nodes.Node, names: set[str]) -> bool:
         return node.attr == CONTENT
     if isinstance(node, nodes.Filter) and node.node is not None:
         return _is_content(node.node, names)
-    return isinstance(node, nodes.Name) and node.name in names and node.name != CONTENT
+    return isinstance(node, nodes.Name) and node.name in names
 
 
 # --- the environment --------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from jengine.errors import InvalidRequestError, LoadError
 from jengine.text.chat_template import render_chat
@@ -210,8 +209,6 @@ def _parts_of_folder(folder: Path) -> TokenizerParts:
         if (token := _content(config.get(name)) or _content(special_map.get(name))) is not None
     }
     _add_tokens(backend, config.get("added_tokens_decoder") or {}, specials.values())
-    if "add_bos_token" in config or "add_eos_token" in config:
-        _set_post_processor(backend, config, specials)
     return TokenizerParts(
         backend=backend,
         special_tokens=specials,
@@ -263,20 +260,6 @@ def _add_tokens(
         if token not in known
     ]
     backend.add_special_tokens(missing)
-
-
-def _set_post_processor(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], specials: Mapping[str, str]
-) -> None:
-    """tokenizer_config.json overrides tokenizer.json in whether bos and eos are added, as with
-    Hugging Face.
-    """
-    bos = specials.get("bos_token") if config.get("add_bos_token") else None
-    eos = specials.get("eos_token") if config.get("add_eos_token") else None
-    backend.post_processor = TemplateProcessing(
-        single=[*filter(None, [bos]), "$A", *filter(None, [eos])],
-        special_tokens=[(token, backend.token_to_id(token)) for token in {bos, eos} - {None}],
-    )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

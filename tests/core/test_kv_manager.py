@@ -213,6 +213,40 @@ def test_hit_is_the_longest_that_all_groups_can_serve() -> None:
     assert kv.match_prefix(probe).num_tokens == 2
 
 
+def test_shortening_by_one_group_is_checked_again_by_the_others() -> None:
+    kv = make_kv((4, None), page_size=2)  # the window group is asked first
+    request = make_request("a", range(12))
+    run_prompt(kv, request)
+    window, full = kv._groups
+    probe = make_request("b", range(13))
+    chain = kv._extend_chain(probe, 6)
+    window.forget(chain[3])  # page 2: tokens 4, 5, which boundary 8 (reads 5 ..) needs
+    full.forget(chain[5])  # page 4: no boundary beyond 8
+    # The window serves 12, full attention then only 8, which the window cannot serve; nor can it
+    # serve 6 (reads 3 ..). Boundary 4 reads tokens 1 to 3.
+    assert kv.match_prefix(probe).num_tokens == 4
+
+
+def test_hit_is_admitted_into_a_pool_that_only_just_holds_the_window() -> None:
+    kv = make_kv((4,), page_size=2, num_pages=5)
+    chunk = 2  # at most ceil((3 + 2) / 2) + 1 = 4 live pages: the whole pool
+    assert kv.max_request_tokens(chunk) == sys.maxsize
+    first = make_request("a", range(8))
+    assert kv.admit(first, kv.match_prefix(first), chunk)
+    for _ in range(4):
+        compute(kv, first, chunk)
+    kv.free(first)
+    request = make_request("b", range(30))
+    hit = kv.match_prefix(request)
+    assert hit.pages == ([0, 0, 3, 4],)
+    # The 2 pages of the hit are released again before the last of 4 others is needed.
+    assert kv.admit(request, hit, chunk)
+    request.num_computed_tokens = hit.num_tokens
+    for _ in range(11):
+        compute(kv, request, chunk)
+    kv.check_integrity({"b"})
+
+
 def test_discarded_content_is_not_found_again() -> None:
     kv = make_kv(page_size=2)
     good, bad = make_request("a", [1, 2, 3, 4]), make_request("b", [1, 2, 9, 9, 9])

@@ -63,17 +63,6 @@ def test_removed_requests_never_surface(policy) -> None:
     assert drain(queue) == [r.request_id for r in (kept if policy == "fcfs" else expected)]
 
 
-def test_a_request_can_come_back_after_its_removal() -> None:
-    queue = build_queue("priority")
-    a, b = requests((0, 0.0), (1, 0.0))
-    queue.push(a)
-    queue.push(b)
-    queue.remove(a)  # its dead entry is still at the top of the heap
-    queue.push(a)
-    assert len(queue) == 2
-    assert drain(queue) == ["0", "1"]
-
-
 def test_removals_do_not_fill_the_heap() -> None:
     queue = PriorityQueue()
     (first,) = requests((0, 0.0))

@@ -96,6 +96,16 @@ class TestAdmission:
         assert not scheduler.has_unfinished
         assert scheduler.stats().num_preemptions == 0
 
+    def test_nobody_is_admitted_while_a_running_prompt_still_wants_pages(self) -> None:
+        scheduler = make_scheduler(policy="priority")
+        add(scheduler, "low", 4, priority=1, bad_word_ids=[[3]])
+        plan_of(scheduler)
+        add(scheduler, "high", 40, priority=0)
+        assert shape(plan_of(scheduler)) == [("high", 0, 16, False)]
+        add(scheduler, "new", 4, priority=0)
+        # The token left for "low", whose last one is on the device, is nobody's.
+        assert shape(plan_of(scheduler)) == [("high", 16, 15, False)]
+
     def test_best_priority_is_admitted_first(self) -> None:
         scheduler = make_scheduler(policy="priority", max_num_seqs=1)
         add(scheduler, "late", 2, priority=0, arrival_time=2.0)

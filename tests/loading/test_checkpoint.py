@@ -24,7 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_folder(folder: Path) -> None:
-    checkpoint = open_checkpoint(ModelArgs(str(folder), hf_overrides={"rms_norm_eps": 0.5, "new": 1}))
+    checkpoint = open_checkpoint(
+        ModelArgs(str(folder), hf_overrides={"rms_norm_eps": 0.5, "new": 1})
+    )
     assert checkpoint.dialect == "hf" and checkpoint.path == folder
     assert checkpoint.hf_config["architectures"] == ["LlamaForCausalLM"]
     assert (checkpoint.hf_config["rms_norm_eps"], checkpoint.hf_config["new"]) == (0.5, 1)
@@ -42,7 +44,10 @@ def test_gguf_file_equals_the_folder_it_came_from(tmp_path: Path) -> None:
     assert checkpoint.tensors is not None
     norm = checkpoint.tensors.read("output_norm.weight")
     np.testing.assert_array_equal(norm, expected["model.norm.weight"])
-    ours, theirs = checkpoint.load_tokenizer(), open_checkpoint(ModelArgs(str(tmp_path / "hf"))).load_tokenizer()
+    ours, theirs = (
+        checkpoint.load_tokenizer(),
+        open_checkpoint(ModelArgs(str(tmp_path / "hf"))).load_tokenizer(),
+    )
     text = "It's 12 o'clock, 世界! <|im_end|> def f(x):\n\treturn x"
     assert ours.encode(text) == theirs.encode(text)
     assert (ours.eos_token_id, ours.bos_token_id, ours.pad_token_id) == (2, 1, 0)
@@ -78,7 +83,7 @@ def test_name_that_was_not_pulled(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_hub_models_offline(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite sets HF_HUB_OFFLINE: what is in the Hub's cache is found, the rest fails at once."""
+    """The suite sets HF_HUB_OFFLINE: what the Hub's cache has is found, the rest fails at once."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

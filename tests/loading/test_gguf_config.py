@@ -7,9 +7,19 @@ import pytest
 from transformers import LlamaConfig
 
 from jengine.errors import LoadError
-from jengine.loading.gguf_config import generation_config_from_gguf, hf_config_from_gguf, llama3_scaling
+from jengine.loading.gguf_config import (
+    generation_config_from_gguf,
+    hf_config_from_gguf,
+    llama3_scaling,
+)
 from jengine.loading.gguf_source import GGUFFile
-from tests.oracles.gguf_files import QuantType, llama3_divisors, llama_metadata, write_gguf, write_llama_gguf
+from tests.oracles.gguf_files import (
+    QuantType,
+    llama3_divisors,
+    llama_metadata,
+    write_gguf,
+    write_llama_gguf,
+)
 from tests.oracles.tiny_llama import make_tiny_llama
 
 LLAMA3 = {
@@ -21,18 +31,23 @@ LLAMA3 = {
 }
 CONFIGS = {
     "default": {},
-    "untied, bias, head size": dict(attention_bias=True, mlp_bias=True, head_dim=32, num_key_value_heads=1),
+    "untied, bias, head size": dict(
+        attention_bias=True, mlp_bias=True, head_dim=32, num_key_value_heads=1
+    ),
     "tied": dict(tie_word_embeddings=True),
     "linear": dict(rope_scaling={"rope_type": "linear", "factor": 4.0}),
     "yarn": dict(
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     ),
-    "llama3": dict(rope_scaling=LLAMA3, rope_theta=500000.0, head_dim=64, max_position_embeddings=131072),
+    "llama3": dict(
+        rope_scaling=LLAMA3, rope_theta=500000.0, head_dim=64, max_position_embeddings=131072
+    ),
 }
 FIELDS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "rms_norm_eps", "max_position_embeddings", "vocab_size", "tie_word_embeddings",
-    "attention_bias", "mlp_bias", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id",
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "vocab_size",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "bos_token_id",
+    "eos_token_id", "pad_token_id",
 )  # fmt: skip
 
 
@@ -53,9 +68,10 @@ def test_the_demo_model(smollm2_gguf: Path) -> None:
     file = GGUFFile(smollm2_gguf)
     config = hf_config_from_gguf(file)
     expected = {  # from the model's config.json on the Hub
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "rms_norm_eps": 1e-05, "max_position_embeddings": 8192,
-        "rope_theta": 100000.0, "vocab_size": 49152, "tie_word_embeddings": True, "attention_bias": False,
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-05,
+        "max_position_embeddings": 8192, "rope_theta": 100000.0, "vocab_size": 49152,
+        "tie_word_embeddings": True, "attention_bias": False,
     }  # fmt: skip
     assert {key: config[key] for key in expected} == expected
     assert "rope_scaling" not in config
@@ -63,8 +79,12 @@ def test_the_demo_model(smollm2_gguf: Path) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("factor", "low", "high"), [(8.0, 1.0, 4.0), (32.0, 1.0, 4.0), (16.0, 0.5, 3.0)])
-def test_llama3_scaling_is_found_from_its_divisors(head_dim: int, factor: float, low: float, high: float) -> None:
+@pytest.mark.parametrize(
+    ("factor", "low", "high"), [(8.0, 1.0, 4.0), (32.0, 1.0, 4.0), (16.0, 0.5, 3.0)]
+)
+def test_llama3_scaling_is_found_from_its_divisors(
+    head_dim: int, factor: float, low: float, high: float
+) -> None:
     rope = {**LLAMA3, "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
     config = LlamaConfig(head_dim=head_dim, rope_parameters={**rope, "rope_theta": 500000.0})
     found = llama3_scaling(llama3_divisors(config), 500000.0, 8192)

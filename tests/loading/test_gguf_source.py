@@ -1,4 +1,6 @@
-"""GGUF files: header against the `gguf` library's reader, tensors bit for bit against its dequantisation."""
+"""GGUF files: header against the `gguf` library's reader, tensors bit for bit against its
+dequantisation.
+"""
 
 import struct
 from pathlib import Path
@@ -13,7 +15,10 @@ from jengine.loading.gguf_source import TENSOR_TYPES, GGUFFile, GGUFSource
 from tests.oracles.gguf_files import QuantType, random_blocks, write_gguf
 
 ROWS, COLUMNS = 9, 512
-REQUIRED = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K".split()
+REQUIRED = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
 PLAIN = {"F32": np.float32, "F16": np.float16}
 
 
@@ -33,7 +38,11 @@ def assert_same_bits(ours: np.ndarray, theirs: np.ndarray) -> None:
 def test_every_type_and_slice_equals_the_gguf_library(tmp_path: Path, name: str) -> None:
     kind = QuantType[name]
     data = stored(kind)
-    write_gguf(tmp_path / "x.gguf", {}, {"before": (stored(QuantType.F16), QuantType.F16), "x": (data, kind)})
+    write_gguf(
+        tmp_path / "x.gguf",
+        {},
+        {"before": (stored(QuantType.F16), QuantType.F16), "x": (data, kind)},
+    )
     source = GGUFSource(GGUFFile(tmp_path / "x.gguf"))
     expected = dequantize(data, kind)
     assert source.shape("x") == (ROWS, COLUMNS)
@@ -106,7 +115,9 @@ def test_files_that_are_cut_or_not_gguf_are_refused(tmp_path: Path) -> None:
         GGUFFile(path)
     for size in (0, 3, 8, 20, 60, 90):
         path.write_bytes(whole[:size])
-        with pytest.raises(LoadError, match=r"x\.gguf (is not a readable GGUF file|cannot be read)"):
+        with pytest.raises(
+            LoadError, match=r"x\.gguf (is not a readable GGUF file|cannot be read)"
+        ):
             GGUFFile(path)
     path.write_bytes(b"PK\x03\x04" + whole[4:])
     with pytest.raises(LoadError, match="does not start with 'GGUF'"):
@@ -129,5 +140,3 @@ def test_random_damage_never_escapes_as_another_error(tmp_path: Path, seed: int)
         GGUFFile(path)
     except LoadError as error:
         assert str(path) in str(error) or "tensor" in str(error)
-
-

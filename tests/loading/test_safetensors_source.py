@@ -106,7 +106,8 @@ table = WeightTable((
     WeightRule("b", "fused", (rows // 2, columns), offset=rows // 2),
     WeightRule("c", "single", (rows, columns)),
 ))
-abstract = {{name: ParamInfo((rows, columns), "{dtype}", (None, None)) for name in ("fused", "single")}}
+whole = ParamInfo((rows, columns), "{dtype}", (None, None))
+abstract = {{"fused": whole, "single": whole}}
 device = jax.devices()[0]
 jax.device_put(np.ones(4), device)  # the runtime's own memory
 final, peak, done = 0, 0, False

@@ -1,6 +1,8 @@
 """Llama against Hugging Face transformers in float32: every configuration switch, every way to cut the text."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+SENTENCES = (
+    "The library keeps every page that a request has filled, so that the next one may read it.",
+    "In 1969 two people walked on the Moon while a third one waited above them.",
+    "To make bread, mix 500 g of flour with 325 g of water, salt and a little yeast.",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
+    "A river does not ask the sea for permission; it arrives, and is called by another name.",
+    "The patient had a fever of 38.9 degrees for 3 days and then, without treatment, none.",
+    "Dear Sir or Madam, I am writing to complain about the delivery of my new washing machine.",
+    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.",
+)
+STARTS = ("Therefore", "However, the first", "Question: what does this mean? Answer:", "Let us now")
 CONFIGS = {
     "mha": dict(num_attention_heads=4, num_key_value_heads=4),
     "gqa-2": dict(num_attention_heads=4, num_key_value_heads=2),
@@ -82,15 +95,15 @@ def test_a_permuted_weight_fails(tmp_path: Path) -> None:
     assert np.abs(got - expected_logits(hf_model, token_ids)).max() > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "MinistralForCausalLM"])
-def test_sliding_windows_match_transformers(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["Mistral", "Ministral"])
+def test_sliding_windows_match_transformers(family: str, tmp_path: Path) -> None:
     """One window for all layers, and windows that alternate with full attention (two KV groups)."""
-    options = dict(architecture=architecture, sliding_window=20, num_hidden_layers=4)
-    if architecture == "MinistralForCausalLM":
+    options: dict[str, Any] = dict(family=family, sliding_window=20, num_hidden_layers=4, head_dim=16)
+    if family == "Ministral":
         options["layer_types"] = ["sliding_attention", "full_attention"] * 2
     hf_model = make_tiny_llama(tmp_path, **options)
     driver = Driver(tmp_path, max_model_len=64)
-    assert len(driver.runner.groups) == (1 if architecture == "MistralForCausalLM" else 2)
+    assert len(driver.runner.groups) == (1 if family == "Mistral" else 2)
     token_ids = text(vocab_size=hf_model.config.vocab_size)
     expected = expected_logits(hf_model, token_ids)
     for chunks in ([LENGTH], [10, 30, 20], [30] + [1] * 30):
@@ -120,23 +133,25 @@ def smollm2(smollm2_gguf: Path):
 
 
 def test_smollm2_logits_match_transformers(smollm2) -> None:
+    """The oracle runs in float64 here: in float32 its own rounding (7e-5) is most of the tolerance."""
     hf_model, driver = smollm2
-    token_ids = np.random.default_rng(5).integers(0, 49152, 200).tolist()
-    got = driver.logits(token_ids, [150, 50])
-    assert np.abs(got - expected_logits(hf_model, token_ids)).max() <= TOLERANCE
+    tokenizer = driver.loaded.checkpoint.load_tokenizer()
+    token_ids = tokenizer.encode(" ".join(SENTENCES))[:200]
+    exact = copy.deepcopy(hf_model).double()
+    got = driver.logits(token_ids, [150, len(token_ids) - 150])
+    assert np.abs(got - expected_logits(exact, token_ids)).max() <= TOLERANCE
 
 
 def test_smollm2_greedy_tokens_match_transformers(smollm2) -> None:
-    """32 prompts x 64 greedy tokens, batched here; there token by token with its own cache."""
+    """32 prompts x 64 tokens, batched here. There, one pass over each whole text: if every token is the argmax after
+    the tokens before it, greedy decoding gives exactly these tokens."""
     hf_model, driver = smollm2
-    rng = np.random.default_rng(7)
-    prompts = [rng.integers(0, 49152, int(rng.integers(3, 40))).tolist() for _ in range(32)]
+    tokenizer = driver.loaded.checkpoint.load_tokenizer()
+    prompts = [tokenizer.encode(f"{SENTENCES[i % 8]} {STARTS[i // 8]}") for i in range(32)]
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     got = driver.run([Request(str(i), prompt, params) for i, prompt in enumerate(prompts)])
     for i, prompt in enumerate(prompts):
         with torch.no_grad():
-            expected = hf_model.generate(
-                torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False,
-                pad_token_id=0, eos_token_id=None,
-            )[0, len(prompt):].tolist()  # fmt: skip
-        assert got[str(i)] == expected, i
+            logits = hf_model(torch.tensor([prompt + got[str(i)]])).logits[0]
+        expected = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        assert len(expected) == 64 and got[str(i)] == expected, i

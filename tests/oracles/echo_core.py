@@ -1,9 +1,11 @@
 """An engine core without a model, for tests of the front end: it answers with what it was asked.
 
-Token i of a completion is prompt token `i % len(prompt)`; with a temperature it is drawn from (seed, i) instead.
-Importable by name, because a spawned process imports it. `hf_overrides["echo"]` steers it, see `Behaviour`.
+Token i of a completion is prompt token `i % len(prompt)`; with a temperature it is drawn from
+(seed, i) instead. Importable by name, because a spawned process imports it. `hf_overrides["echo"]`
+steers it, see `Behaviour`.
 """
 
+import logging
 import os
 import queue
 import random
@@ -35,6 +37,8 @@ from jengine.protocol import (
 )
 from jengine.request import FinishReason
 
+logger = logging.getLogger("jengine.echo")
+
 FACTORY = "tests.oracles.echo_core:EchoCore"
 EOS_ID = 256
 VOCAB_SIZE = 258  # 256 bytes, <eos>, <bos>
@@ -47,6 +51,7 @@ class Behaviour:
     die_at_step: int = -1  # send CoreDead
     exit_at_step: int = -1  # vanish without a word, exit code 7
     fail_to_load: str = ""
+    log: str = ""
     protocol_version: int = PROTOCOL_VERSION
 
 
@@ -58,7 +63,9 @@ class Running:
 
 
 def make_echo_model(folder: Path) -> Path:
-    """A model folder whose tokenizer has one token for each byte, so that characters and stop strings get split."""
+    """A model folder whose tokenizer has one token for each byte, so that characters and stop
+    strings get split.
+    """
     alphabet = _byte_alphabet()
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
@@ -108,6 +115,8 @@ class EchoCore:
         if self._do.fail_to_load:
             self._emit(CoreDead(self._do.fail_to_load))
             return
+        if self._do.log:
+            logger.info(self._do.log)
         self._emit(
             CoreReady(
                 protocol_version=self._do.protocol_version,
@@ -141,11 +150,11 @@ class EchoCore:
                     self._tell([output])
                 else:
                     self._running[message.request_id] = Running(message)
-            case AbortRequests(request_ids, reason):
+            case AbortRequests(request_ids=request_ids, reason=reason):
                 self.aborted += [(i, reason) for i in request_ids]
                 for request_id in request_ids:
                     self._running.pop(request_id, None)
-            case CallUtility(call_id, method, args):
+            case CallUtility(call_id=call_id, method=method, args=args):
                 self._call(call_id, method, [msgspec.msgpack.decode(arg) for arg in args])
             case Shutdown():
                 self._is_stopped = True
@@ -218,7 +227,9 @@ class EchoCore:
 
 
 def _logprobs(token_id: int, k: int) -> LogprobsData:
-    """The chosen token is second best; the best k are the tokens 97, chosen, 98, 99, ... without repeats."""
+    """The chosen token is second best; the best k are the tokens 97, chosen, 98, 99, ... without
+    repeats.
+    """
     best = [97 if token_id != 97 else 98, token_id, *(i for i in range(99, 200) if i != token_id)]
     best = best[: VOCAB_SIZE if k == -1 else k]
     return LogprobsData(
@@ -227,7 +238,9 @@ def _logprobs(token_id: int, k: int) -> LogprobsData:
 
 
 def _byte_alphabet() -> list[str]:
-    """The printable stand-ins that byte-level tokenizers use for the 256 bytes, in the order of the bytes."""
+    """The printable stand-ins that byte-level tokenizers use for the 256 bytes, in the order of the
+    bytes.
+    """
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in kept else chr(next(others)) for byte in range(256)]

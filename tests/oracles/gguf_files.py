@@ -24,7 +24,9 @@ def write_gguf(
     tensors: Mapping[str, tuple[np.ndarray, gguf.GGMLQuantizationType]],
     architecture: str = "llama",
 ) -> None:
-    """Write a file. Tensors are given as the library stores them: numbers for F32 and F16, else rows of bytes."""
+    """Write a file. Tensors are given as the library stores them: numbers for F32 and F16, else
+    rows of bytes.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
         if isinstance(value, list):
@@ -42,7 +44,9 @@ def write_gguf(
 def random_blocks(
     kind: gguf.GGMLQuantizationType, rows: int, columns: int, seed: int = 0
 ) -> np.ndarray:
-    """Rows of random bytes: every bit pattern of every field of the format, infinities and NaN scales included."""
+    """Rows of random bytes: every bit pattern of every field of the format, infinities and NaN
+    scales included.
+    """
     block, size = gguf.GGML_QUANT_SIZES[kind]
     return np.random.default_rng(seed).integers(0, 256, (rows, columns // block * size), np.uint8)
 
@@ -125,7 +129,7 @@ def tokenizer_metadata() -> dict[str, Any]:
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's converter: the two halves of each head that are rotated together, side by side."""
+    """llama.cpp's converter: the two halves of each head that rotate together, side by side."""
     halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import tokenizers
 import torch
+import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -19,8 +19,8 @@ logging.disable_progress_bar()
 VOCAB_SIZE = 512  # of the model; the tokenizer stops at fewer, as with many real models
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CORPUS = (
@@ -31,13 +31,18 @@ CORPUS = (
 
 
 def make_tiny_llama(
-    path: Path, *, seed: int = 0, max_shard_size: str = "5GB", **config: Any
-) -> LlamaForCausalLM:
+    path: Path,
+    *,
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    family: str = "Llama",
+    **config: Any,
+) -> transformers.PreTrainedModel:
     """Write a float32 checkpoint to `path` and return the transformers model, in eval mode.
 
-    `config` overrides the fields of `LlamaConfig`. Every parameter is random, biases and norms too,
-    so that a swapped or forgotten one shows. A small `max_shard_size` ("20KB") gives several files
-    and an index.
+    `family` names the transformers classes; `config` overrides the fields of its config. Every
+    parameter is random, biases and norms too, so that a swapped or forgotten one shows. A small
+    `max_shard_size` ("20KB") gives several files and an index.
     """
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -54,7 +59,8 @@ def make_tiny_llama(
         "eos_token_id": 2,
         **copy.deepcopy(config),  # transformers adds to the dicts it is given
     }
-    model = LlamaForCausalLM(LlamaConfig(**fields)).eval().float()
+    model_config = getattr(transformers, f"{family}Config")(**fields)
+    model = getattr(transformers, f"{family}ForCausalLM")(model_config).eval().float()
     randomise(model, seed)
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path, max_shard_size=max_shard_size)

@@ -1,4 +1,6 @@
-"""A whole server in this process: real protocols, real `AsyncEngine`, and the echo core instead of a model."""
+"""A whole server in this process: real protocols, real `AsyncEngine`, and the echo core instead of
+a model.
+"""
 
 import asyncio
 import dataclasses

@@ -5,7 +5,7 @@
 // go through the same numbers in any batch, tile or chunking. A block that a row may not see changes none of them.
 #include "attention.h"
 
-#include <memory>
+#include <algorithm>
 #include <vector>
 
 #include "gemm.h"
@@ -15,10 +15,12 @@ namespace {
 
 constexpr int kBlock = kTilePanels * kLanes;  // positions per block
 constexpr int kItemRows = 48;                 // query rows (tokens x heads) per item: packing costs a tenth of the work
+constexpr int64_t kMinParallelWork = 1 << 16;  // about ten microseconds: with less, do not wake anyone
 constexpr float kInfinity = __builtin_inff();
 
 struct Item {
   int32_t seq, first, count;  // queries [first, first + count) of the sequence
+  int32_t head, num_heads;    // kv heads
 };
 
 template <class Q, class KV>
@@ -31,6 +33,7 @@ class Worker {
   static constexpr int kE = Words::kElements;
 
  public:
+  // max_rows: tokens x query heads of an item.
   Worker(const Attention<Q, KV>& a, int max_rows)
       : a_(a),
         group_(static_cast<int>(a.q_heads / a.kv_heads)),
@@ -43,65 +46,97 @@ class Worker {
         max_(max_rows),
         sum_(max_rows * kLanes) {}
 
-  void run(const Item& item, int64_t head) {
-    const int64_t q_len = a_.cu_q_lens[item.seq + 1] - a_.cu_q_lens[item.seq], kv_len = a_.kv_lens[item.seq];
-    position_ = kv_len - q_len + item.first;
+  // `next` is fetched into the cache meanwhile, or null.
+  void run(const Item& item, const Item* next) {
+    const Range range = range_of(item);
+    position_ = range.position;
     rows_ = item.count * group_;
-    load_queries(a_.cu_q_lens[item.seq] + item.first, item.count, head);
-    const int64_t begin = a_.window > 0 ? std::max<int64_t>(0, position_ - a_.window + 1) : 0;
-    const int64_t end = position_ + item.count;  // <= kv_len
-    for (int64_t block = begin / kBlock * kBlock; block < end; block += kBlock) {
-      const int panels = static_cast<int>((std::min<int64_t>(kBlock, end - block) + kLanes - 1) / kLanes);
-      pack(item.seq, head, block, begin, end, panels);
-      score(panels);
-      for (int r = 0; r < rows_; ++r) softmax(r, block, panels);
-      accumulate(panels);
+    load_queries(item);
+    for (int64_t block = range.begin / kBlock * kBlock; block < range.end; block += kBlock) {
+      const int panels = static_cast<int>((std::min<int64_t>(kBlock, range.end - block) + kLanes - 1) / kLanes);
+      if (block + kBlock < range.end) {
+        fetch(item, range, block + kBlock);
+      } else if (next) {
+        const Range then = range_of(*next);
+        fetch(*next, then, then.begin / kBlock * kBlock);
+      }
+      for (int head = 0; head < item.num_heads; ++head) {
+        first_row_ = head * rows_;
+        pack(item.seq, item.head + head, block, range, panels);
+        score(panels);
+        for (int r = 0; r < rows_; ++r) softmax(r, block, panels);
+        accumulate(panels);
+      }
     }
-    store_output(a_.cu_q_lens[item.seq] + item.first, item.count, head);
+    store_output(item);
   }
 
  private:
-  void load_queries(int64_t token, int count, int64_t head) {
-    const int64_t H = a_.head_dim;
-    for (int i = 0; i < count; ++i) {
-      const Q* source = a_.q + ((token + i) * a_.q_heads + head * group_) * H;
-      for (int64_t j = 0; j < group_ * H; ++j) q_[i * group_ * H + j] = convert<E>(source[j]);
-      for (int g = 0; g < group_; ++g) {
-        const int r = i * group_ + g;
-        max_[r] = a_.sinks ? a_.sinks[head * group_ + g] : -kInfinity;
-        store(&sum_[r * kLanes], v16f{});
-        sum_[r * kLanes] = a_.sinks ? 1.0f : 0.0f;
-      }
-    }
-    std::fill_n(out_.begin(), rows_ * H, 0.0f);
+  struct Range {
+    int64_t position;    // of the first query
+    int64_t begin, end;  // positions that any of the queries sees
+  };
+
+  Range range_of(const Item& item) const {
+    const int64_t q_len = a_.cu_q_lens[item.seq + 1] - a_.cu_q_lens[item.seq];
+    const int64_t position = a_.kv_lens[item.seq] - q_len + item.first;
+    return {position, a_.window > 0 ? std::max<int64_t>(0, position - a_.window + 1) : 0, position + item.count};
   }
 
-  // Positions outside [begin, end) are not read (their pages may hold anything): they pack as zeros.
-  void pack(int seq, int64_t head, int64_t block, int64_t begin, int64_t end, int panels) {
+  void load_queries(const Item& item) {
+    const int64_t H = a_.head_dim, token = a_.cu_q_lens[item.seq] + item.first;
+    for (int head = 0; head < item.num_heads; ++head) {
+      for (int r = 0; r < rows_; ++r) {
+        const int64_t row = head * rows_ + r, q_head = (item.head + head) * group_ + r % group_;
+        const Q* source = a_.q + ((token + r / group_) * a_.q_heads + q_head) * H;
+        for (int64_t h = 0; h < H; ++h) q_[row * H + h] = convert<E>(source[h]);
+        max_[row] = a_.sinks ? a_.sinks[q_head] : -kInfinity;
+        store(&sum_[row * kLanes], v16f{});
+        sum_[row * kLanes] = a_.sinks ? 1.0f : 0.0f;
+      }
+    }
+    std::fill_n(out_.get(), item.num_heads * rows_ * H, 0.0f);
+  }
+
+  // The key of one position; the value lies kv_heads x head_dim elements further.
+  const KV* entry(int seq, int64_t head, int64_t at) const {
+    const int64_t page = a_.page_table[seq * a_.pages_per_seq + at / a_.page_size];
+    const int64_t slot = std::clamp<int64_t>(page, 0, a_.num_pages - 1) * a_.page_size + at % a_.page_size;
+    return a_.pages + (slot * 2 * a_.kv_heads + head) * a_.head_dim;
+  }
+
+  void fetch(const Item& item, const Range& range, int64_t block) const {
+    const int64_t bytes = item.num_heads * a_.head_dim * sizeof(KV), value = a_.kv_heads * a_.head_dim;
+    for (int64_t at = std::max(block, range.begin); at < std::min<int64_t>(block + kBlock, range.end); ++at) {
+      const KV* key = entry(item.seq, item.head, at);
+      prefetch(reinterpret_cast<const char*>(key), bytes);
+      prefetch(reinterpret_cast<const char*>(key + value), bytes);
+    }
+  }
+
+  // Positions outside the range are not read (their pages may hold anything): they pack as zeros.
+  void pack(int seq, int64_t head, int64_t block, const Range& range, int panels) {
     alignas(64) static constexpr float kZeros[kMaxHeadDim] = {};
-    const int64_t H = a_.head_dim, entry = a_.kv_heads * H;
-    const int32_t* table = a_.page_table + seq * a_.pages_per_seq;
+    const int64_t H = a_.head_dim;
     const KV* key[kBlock];
     const KV* value[kBlock];
     for (int i = 0; i < panels * kLanes; ++i) {
       const int64_t at = block + i;
-      key[i] = value[i] = reinterpret_cast<const KV*>(kZeros);
-      if (at < begin || at >= end) continue;
-      const int64_t page = std::clamp<int64_t>(table[at / a_.page_size], 0, a_.num_pages - 1);
-      key[i] = a_.pages + (page * a_.page_size + at % a_.page_size) * 2 * entry + head * H;
-      value[i] = key[i] + entry;
+      const bool is_inside = at >= range.begin && at < range.end;
+      key[i] = is_inside ? entry(seq, head, at) : reinterpret_cast<const KV*>(kZeros);
+      value[i] = is_inside ? key[i] + a_.kv_heads * H : key[i];
     }
     for (int n = 0; n < panels; ++n) {
-      pack_rows<Words, KV>(keys_.data() + n * kLanes * (H / kE), kLanes, H, [&](int i) { return key[n * kLanes + i]; });
+      pack_rows<Words, KV>(&keys_[n * kLanes * (H / kE)], kLanes, H, [&](int i) { return key[n * kLanes + i]; });
     }
-    pack_columns<Words, KV>(values_.data(), kBlock * kLanes / kE, panels * kLanes, H, [&](int i) { return value[i]; });
+    pack_columns<Words, KV>(values_.get(), kBlock * kLanes / kE, panels * kLanes, H, [&](int i) { return value[i]; });
   }
 
   void score(int panels) {
     const int64_t words = a_.head_dim / kE;
-    const uint32_t* q = reinterpret_cast<const uint32_t*>(q_.data());
+    const uint32_t* q = reinterpret_cast<const uint32_t*>(&q_[first_row_ * a_.head_dim]);
     for (int r = 0; r < rows_; r += kTileRows) {
-      const Tile tile{&scores_[r * kBlock], kBlock, q + r * words, words, keys_.data(), words * kLanes, words, false};
+      const Tile tile{&scores_[r * kBlock], kBlock, q + r * words, words, keys_.get(), words * kLanes, words, false};
       multiply<Words>(tile, std::min(kTileRows, rows_ - r), panels);
     }
   }
@@ -125,77 +160,102 @@ class Worker {
       store(scores + n * kLanes, s);
       high = max(s, high);  // of a NaN and a number: the number; the NaN comes back through exp
     }
-    const float old_max = max_[r], new_max = std::max(old_max, max_lane(high));
+    float& row_max = max_[first_row_ + r];
+    float* row_sum = &sum_[(first_row_ + r) * kLanes];
+    const float old_max = row_max, new_max = std::max(old_max, max_lane(high));
     const float base = new_max == -kInfinity ? 0.0f : new_max;  // nothing seen yet: exp(-inf - 0) = 0
     const v16f decay = exp(splat(old_max - base));
-    v16f sum = load(&sum_[r * kLanes]) * decay;
+    v16f sum = load(row_sum) * decay;
     for (int n = 0; n < panels; ++n) {
       E* p = &p_[r * kBlock + n * kLanes];
       store_as(p, exp(load(scores + n * kLanes) - splat(base)));
       sum += load(p);  // as rounded: the weights of the values then add up to one
     }
-    store(&sum_[r * kLanes], sum);
-    max_[r] = new_max;
+    store(row_sum, sum);
+    row_max = new_max;
     if (new_max != old_max) {
-      float* out = &out_[r * a_.head_dim];
+      float* out = &out_[(first_row_ + r) * a_.head_dim];
       for (int64_t h = 0; h < a_.head_dim; h += kLanes) store(out + h, load(out + h) * decay);
     }
   }
 
   void accumulate(int panels) {
     const int64_t H = a_.head_dim;
-    const uint32_t* p = reinterpret_cast<const uint32_t*>(p_.data());
+    const uint32_t* p = reinterpret_cast<const uint32_t*>(p_.get());
     constexpr int64_t kPanel = kBlock * kLanes / kE;
     for (int r = 0; r < rows_; r += kTileRows) {
       for (int64_t h = 0; h < H; h += kBlock) {
         const int count = static_cast<int>(std::min<int64_t>(kTilePanels, (H - h) / kLanes));
-        const Tile tile{&out_[r * H + h], H, p + r * (kBlock / kE), kBlock / kE, values_.data() + h / kLanes * kPanel,
-                        kPanel, panels * kLanes / kE, true};
+        const Tile tile{&out_[(first_row_ + r) * H + h], H, p + r * (kBlock / kE), kBlock / kE,
+                        &values_[h / kLanes * kPanel], kPanel, panels * kLanes / kE, true};
         multiply<Words>(tile, std::min(kTileRows, rows_ - r), count);
       }
     }
   }
 
-  void store_output(int64_t token, int count, int64_t head) {
-    const int64_t H = a_.head_dim;
-    for (int r = 0; r < rows_; ++r) {
-      Q* out = a_.out + ((token + r / group_) * a_.q_heads + head * group_ + r % group_) * H;
-      const float sum = sum_lanes(load(&sum_[r * kLanes]));
-      for (int64_t h = 0; h < H; h += kLanes) store_as(out + h, load(&out_[r * H + h]) / splat(sum));
+  void store_output(const Item& item) {
+    const int64_t H = a_.head_dim, token = a_.cu_q_lens[item.seq] + item.first;
+    for (int64_t row = 0; row < item.num_heads * rows_; ++row) {
+      const int64_t r = row % rows_, q_head = (item.head + row / rows_) * group_ + r % group_;
+      Q* out = a_.out + ((token + r / group_) * a_.q_heads + q_head) * H;
+      const v16f sum = splat(sum_lanes(load(&sum_[row * kLanes])));
+      for (int64_t h = 0; h < H; h += kLanes) store_as(out + h, load(&out_[row * H + h]) / sum);
     }
   }
 
   const Attention<Q, KV>& a_;
   const int group_;
   int64_t position_ = 0;  // of the item's first query
-  int rows_ = 0;
-  std::vector<E> q_, p_;
-  std::vector<uint32_t> keys_, values_;
-  std::vector<float> scores_, out_, max_, sum_;
+  int rows_ = 0;          // of each kv head: tokens x group
+  int first_row_ = 0;     // of the kv head at work
+  const Buffer<E> q_, p_;
+  const Buffer<uint32_t> keys_, values_;
+  const Buffer<float> scores_, out_, max_, sum_;
 };
+
+// Longest first. All kv heads of a tile in one item read whole pages; a single head an item if there are few tiles.
+template <class Q, class KV>
+std::vector<Item> plan_items(const Attention<Q, KV>& a, int tile, int workers) {
+  int64_t num_tiles = 0;
+  for (int64_t s = 0; s < a.num_seqs; ++s) num_tiles += (a.cu_q_lens[s + 1] - a.cu_q_lens[s] + tile - 1) / tile;
+  const int heads = num_tiles >= 4 * workers || workers == 1 ? static_cast<int>(a.kv_heads) : 1;
+  std::vector<Item> items;
+  items.reserve(num_tiles * a.kv_heads / heads);
+  for (int32_t s = 0; s < a.num_seqs; ++s) {
+    const int32_t q_len = a.cu_q_lens[s + 1] - a.cu_q_lens[s];
+    for (int32_t first = (q_len - 1) / tile * tile; q_len > 0 && first >= 0; first -= tile) {
+      for (int32_t head = 0; head < a.kv_heads; head += heads) {
+        items.push_back({s, first, std::min(tile, q_len - first), head, heads});
+      }
+    }
+  }
+  const auto reads = [&](const Item& item) { return a.kv_lens[item.seq] + item.first; };
+  std::stable_sort(items.begin(), items.end(), [&](const Item& x, const Item& y) { return reads(x) > reads(y); });
+  return items;
+}
 
 }  // namespace
 
 template <class Q, class KV>
 void attention(Pool& pool, const Attention<Q, KV>& a) {
-  const int group = static_cast<int>(a.q_heads / a.kv_heads);
-  const int tile = std::max(1, kItemRows / group);
-  std::vector<Item> items;
-  int64_t work = 0;
-  for (int32_t s = 0; s < a.num_seqs; ++s) {
-    const int32_t q_len = a.cu_q_lens[s + 1] - a.cu_q_lens[s];
-    work += int64_t{q_len} * a.kv_lens[s];
-    for (int32_t first = 0; first < q_len; first += tile) items.push_back({s, first, std::min(tile, q_len - first)});
-  }
+  const int group = static_cast<int>(a.q_heads / a.kv_heads), tile = std::max(1, kItemRows / group);
   const int64_t used = a.num_seqs > 0 ? a.cu_q_lens[a.num_seqs] : 0, row = a.q_heads * a.head_dim;
   std::memset(static_cast<void*>(a.out + used * row), 0, (a.tokens - used) * row * sizeof(Q));
-  const int64_t num_units = static_cast<int64_t>(items.size()) * a.kv_heads;
-  const int workers = work * row < (1 << 16) ? 1 : pool.num_threads();  // a few microseconds: do not wake anyone
-  parallel_claim(pool, num_units, workers, [&](int64_t unit, const auto& claim, int64_t& finished) {
-    Worker<Q, KV> worker(a, tile * group);
-    for (; unit >= 0; unit = claim(), ++finished) {
-      const int64_t last_first = num_units - 1 - unit;  // the last tiles of a prompt see most: start with them
-      worker.run(items[last_first / a.kv_heads], last_first % a.kv_heads);
+  int64_t work = 0, longest = 0;
+  for (int64_t s = 0; s < a.num_seqs; ++s) {
+    const int64_t q_len = a.cu_q_lens[s + 1] - a.cu_q_lens[s];
+    work += q_len * a.kv_lens[s] * row;
+    longest = std::max(longest, q_len);
+  }
+  const int workers = work < kMinParallelWork ? 1 : pool.num_threads();
+  const std::vector<Item> items = plan_items(a, tile, workers);
+  const int max_rows = static_cast<int>(std::min<int64_t>(tile, longest) * a.q_heads);
+  parallel_claim(pool, items.size(), workers, [&](int64_t unit, const auto& claim, int64_t& finished) {
+    Worker<Q, KV> worker(a, max_rows);
+    for (; unit >= 0; ++finished) {
+      const int64_t next = claim();
+      worker.run(items[unit], next < 0 ? nullptr : &items[next]);
+      unit = next;
     }
   });
 }

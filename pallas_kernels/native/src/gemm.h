@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #include "simd.h"
 
@@ -40,6 +41,22 @@ using Bf16Words = FloatWords;  // bfloat16 is widened while packing
 // Tiles of 6 rows x 4 panels: 24 of 32 registers accumulate, and 10 loads feed 24 multiply-adds.
 constexpr int kTileRows = 6;
 constexpr int kTilePanels = 4;
+
+// Uninitialised, on cache-line boundaries: sixteen-lane accesses that straddle lines cost twice.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), kAlignment))) {}
+  ~Buffer() { ::operator delete(data_, kAlignment); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  T* const data_;
+};
 
 // c[m][16 n ...] (+)= x[m] . panel[n] over `words` steps, for up to kTileRows rows and kTilePanels panels. Rows of x and
 // c are x_stride words and c_stride floats apart, panels panel_stride words.

@@ -1,8 +1,6 @@
 // Weights stay as stored, [out, in]; each block is transposed once, in registers or in the L2 cache, and meets all rows.
 #include "linear.h"
 
-#include <memory>
-
 #include "gemm.h"
 
 namespace jengine {
@@ -10,6 +8,8 @@ namespace {
 
 // Up to this many rows the step is bound by reading the weight: transpose in registers and use at once.
 constexpr int kStreamRows = 8;
+// `tiled` packs blocks of four panels by this many words: 72 KB of the L2 cache.
+constexpr int64_t kBlockWords = 288;
 // Below this much work per call a second thread costs more to wake than it saves.
 constexpr int64_t kMinParallelBytes = 64 << 10;
 
@@ -39,10 +39,6 @@ void put(const Problem<W>& p, int64_t m, int64_t n, v16f acc) {
 }
 
 #ifdef JENGINE_AVX512
-JENGINE_INLINE void prefetch(const char* begin, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(begin + i, _MM_HINT_T1);
-}
-
 // Sixteen outputs at a time for M rows. The block of a later tile is prefetched line by line: the sixteen row streams
 // are too many for the hardware's prefetcher, although together they are one contiguous stretch.
 template <class Words, int M, class W>
@@ -58,7 +54,7 @@ void stream_panel(const Problem<W>& p, int64_t n0) {
   for (; k + kLanes <= words; k += kLanes) {
     __m512i r[kLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) _mm_prefetch(ahead + k * 64 + i * 64, _MM_HINT_T1);
+    for (int i = 0; i < kLanes; ++i) prefetch(ahead + (k + i) * 64);
     load_block(r, row, k, words);
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes; ++j) {
@@ -91,38 +87,42 @@ void stream(Pool& pool, const Problem<W>& p, int workers) {
 }
 #endif
 
-// Many rows: pack four panels, pass all rows over them in tiles, and fetch the next unit's weights meanwhile.
+// Many rows: pack a block of four panels, pass all rows over it in tiles, and fetch the next unit's weights meanwhile.
 template <class Words, class W>
 void tiled(Pool& pool, const Problem<W>& p, int workers) {
   constexpr int64_t kUnit = kTilePanels * kLanes;
-  const int64_t words = p.depth / Words::kElements, panel_stride = words * kLanes;
-  const int64_t row_bytes = p.depth * sizeof(W);
-  const int64_t num_tiles = (p.rows + kTileRows - 1) / kTileRows;
-  const int tile_rows = static_cast<int>((p.rows + num_tiles - 1) / num_tiles);
+  const int64_t words = p.depth / Words::kElements, row_bytes = p.depth * sizeof(W);
+  const int64_t block = std::min(kBlockWords, words);
+  const int64_t num_tiles = (p.rows + kTileRows - 1) / kTileRows, tile_rows = (p.rows + num_tiles - 1) / num_tiles;
+  const int64_t num_steps = num_tiles * ((words + block - 1) / block);
   parallel_claim(pool, (p.outputs + kUnit - 1) / kUnit, workers, [&](int64_t u, const auto& claim, int64_t& finished) {
-    std::unique_ptr<uint32_t[]> packed(new uint32_t[kTilePanels * panel_stride]);
+    Buffer<uint32_t> packed(kUnit * block);
+    Buffer<float> sums(p.rows * kUnit);
     while (u >= 0) {
       const int64_t next = claim();
       const int64_t n0 = u * kUnit, count = std::min(kUnit, p.outputs - n0);
       const int panels = static_cast<int>((count + kLanes - 1) / kLanes);
-      for (int i = 0; i < panels; ++i) {
-        const W* rows = p.w + (n0 + i * kLanes) * p.depth;
-        pack_rows<Words, W>(packed.get() + i * panel_stride, static_cast<int>(std::min<int64_t>(kLanes, count - i * kLanes)),
-                            p.depth, [&](int r) { return rows + r * p.depth; });
-      }
-      const char* ahead = next < 0 ? nullptr : reinterpret_cast<const char*>(p.w + next * kUnit * p.depth);
+      const char* ahead = reinterpret_cast<const char*>(p.w + std::max<int64_t>(next, 0) * kUnit * p.depth);
       const int64_t ahead_bytes = next < 0 ? 0 : std::min(kUnit, p.outputs - next * kUnit) * row_bytes;
-      const int64_t slice = (ahead_bytes / num_tiles + 63) / 64 * 64;
-      for (int64_t m0 = 0, t = 0; m0 < p.rows; m0 += tile_rows, ++t) {
-#ifdef JENGINE_AVX512
-        prefetch(ahead + t * slice, std::clamp<int64_t>(ahead_bytes - t * slice, 0, slice));
-#endif
-        const int count_rows = static_cast<int>(std::min<int64_t>(tile_rows, p.rows - m0));
-        alignas(64) float c[kTileRows * kUnit];
-        multiply<Words>({c, kUnit, p.x + m0 * words, words, packed.get(), panel_stride, words, false}, count_rows, panels);
-        for (int m = 0; m < count_rows; ++m) {
-          for (int n = 0; n < panels; ++n) put(p, m0 + m, n0 + n * kLanes, load(c + m * kUnit + n * kLanes));
+      const int64_t slice = (ahead_bytes / num_steps + 63) / 64 * 64;
+      int64_t fetched = 0;
+      for (int64_t k = 0; k < words; k += block) {
+        const int64_t depth = std::min(block, words - k);
+        for (int i = 0; i < panels; ++i) {
+          const W* first = p.w + (n0 + i * kLanes) * p.depth + k * Words::kElements;
+          const int valid = static_cast<int>(std::min<int64_t>(kLanes, count - i * kLanes));
+          pack_rows<Words, W>(packed.get() + i * block * kLanes, valid, depth * Words::kElements,
+                              [&](int r) { return first + r * p.depth; });
         }
+        for (int64_t m = 0; m < p.rows; m += tile_rows) {
+          prefetch(ahead + fetched, std::clamp<int64_t>(ahead_bytes - fetched, 0, slice));
+          fetched += slice;
+          multiply<Words>({&sums[m * kUnit], kUnit, p.x + m * words + k, words, packed.get(), block * kLanes, depth, k > 0},
+                          static_cast<int>(std::min(tile_rows, p.rows - m)), panels);
+        }
+      }
+      for (int64_t m = 0; m < p.rows; ++m) {
+        for (int n = 0; n < panels; ++n) put(p, m, n0 + n * kLanes, load(&sums[m * kUnit + n * kLanes]));
       }
       ++finished;
       u = next;
@@ -154,7 +154,7 @@ void linear(Pool& pool, const X* x, const W* w, const float* bias, Output y, int
   } else if constexpr (sizeof(W) == 2 && Bf16Words::kElements == 2) {
     run<Bf16Words>(pool, p);
   } else {
-    std::unique_ptr<float[]> wide(new float[rows * depth]);
+    Buffer<float> wide(rows * depth);
     for (int64_t i = 0; i < rows * depth; ++i) wide[i] = to_float(x[i]);
     p.x = reinterpret_cast<const uint32_t*>(wide.get());
     run<FloatWords>(pool, p);

@@ -50,6 +50,12 @@ JENGINE_INLINE To convert(From x) {
   }
 }
 
+// Into the L2 cache.
+JENGINE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+JENGINE_INLINE void prefetch(const char* begin, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(begin + i);
+}
+
 JENGINE_INLINE v16f splat(float x) { return v16f{} + x; }
 
 JENGINE_INLINE v16f load(const float* p) {
