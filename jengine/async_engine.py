@@ -54,12 +54,14 @@ class AsyncEngine:
     model_info: ModelInfo
     ready: CoreReady  # the core's greeting: pages, memory plan, start-up seconds
     stats: EngineStats  # as of the last step
+    _inputs: InputProcessor
+    _outputs: OutputProcessor
 
     def __init__(self, client: CoreClient) -> None:
         self.stats = EngineStats()
         self._client = client
         self._loop = asyncio.get_running_loop()
-        self._ready: asyncio.Future[CoreReady] = self._loop.create_future()
+        self._greeting: asyncio.Future[CoreReady] = self._loop.create_future()
         self._streams: dict[str, _Stream] = {}
         self._starting: set[str] = set()  # ids being tokenised
         self._calls: dict[int, asyncio.Future[UtilityResult]] = {}
@@ -93,27 +95,16 @@ class AsyncEngine:
                 tokenizer = await engine._in_text_pool(
                     checkpoint.load_tokenizer, config.model.tokenizer
                 )
-            ready = await engine._ready
+            engine.ready = ready = await engine._greeting
             check_greeting(ready)
-            engine._set_up(
-                config, ready, build_model_info(config, checkpoint, tokenizer, ready), tokenizer
-            )
+            engine.model_info = info = build_model_info(config, checkpoint, tokenizer, ready)
+            draw_seed = functools.partial(secrets.randbits, SEED_BITS)
+            engine._inputs = InputProcessor(config, info, tokenizer, draw_seed)
+            engine._outputs = OutputProcessor(tokenizer)
         except BaseException:
             await engine.shutdown()
             raise
         return engine
-
-    def _set_up(
-        self,
-        config: EngineConfig,
-        ready: CoreReady,
-        model_info: ModelInfo,
-        tokenizer: Tokenizer | None,
-    ) -> None:
-        self.ready, self.model_info = ready, model_info
-        draw_seed = functools.partial(secrets.randbits, SEED_BITS)
-        self._inputs = InputProcessor(config, model_info, tokenizer, draw_seed)
-        self._outputs = OutputProcessor(tokenizer)
 
     # --- requests
 
@@ -340,8 +331,8 @@ class AsyncEngine:
                     if future is not None and not future.done():
                         future.set_result(message)
                 case CoreReady():
-                    if not self._ready.done():
-                        self._ready.set_result(message)
+                    if not self._greeting.done():
+                        self._greeting.set_result(message)
                 case CoreDead():
                     self._die(message.error)
 
@@ -364,7 +355,7 @@ class AsyncEngine:
         for stream in self._streams.values():
             if not stream.state.is_finished:
                 stream.fail(EngineDeadError(reason))
-        for future in (self._ready, *self._calls.values()):
+        for future in (self._greeting, *self._calls.values()):
             if not future.done():
                 future.set_exception(EngineDeadError(reason))
                 future.exception()  # counts as seen, also if nobody waits any more

@@ -1,4 +1,6 @@
-"""Configuration: one frozen dataclass per concern, composed in `EngineConfig`. The only reader of the environment."""
+"""Configuration: one frozen dataclass per concern, composed in `EngineConfig`. The only reader of
+the environment.
+"""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -10,7 +12,9 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
 
 def cache_root() -> Path:
-    """The user's cache folder of jengine: `$JENGINE_CACHE`, else `$XDG_CACHE_HOME/jengine`, else `~/.cache/jengine`."""
+    """The user's cache folder of jengine: `$JENGINE_CACHE`, else `$XDG_CACHE_HOME/jengine`, else
+    `~/.cache/jengine`.
+    """
     if path := os.environ.get("JENGINE_CACHE"):
         return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jengine"
@@ -22,7 +26,9 @@ def is_hub_offline() -> bool:
 
 
 def is_native_disabled() -> bool:
-    """`JENGINE_NATIVE=0` turns the C++ CPU library off: every operation then takes its plain-JAX path."""
+    """`JENGINE_NATIVE=0` turns the C++ CPU library off: every operation then takes its plain-JAX
+    path.
+    """
     return os.environ.get("JENGINE_NATIVE", "1") == "0"
 
 
@@ -41,12 +47,16 @@ class ModelArgs:
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     skip_tokenizer_init: bool = False
-    generation_config: Literal["auto", "vllm"] = "auto"  # "vllm": ignore the model's sampling defaults
+    generation_config: Literal["auto", "vllm"] = (
+        "auto"  # "vllm": ignore the model's sampling defaults
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """The paged KV cache. `num_pages` overrides every plan (tests); else bytes, else a share of device memory."""
+    """The paged KV cache. `num_pages` overrides every plan (tests); else bytes, else a share of
+    device memory.
+    """
 
     page_size: int = 16
     gpu_memory_utilization: float = 0.92
@@ -111,7 +121,8 @@ class EngineConfig:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
             raise ValueError(
-                f"max_num_batched_tokens ({self.scheduler.max_num_batched_tokens}) must be at least "
+                "max_num_batched_tokens "
+                f"({self.scheduler.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.scheduler.max_num_seqs}): a decode step holds one token of each"
             )
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
@@ -126,7 +137,11 @@ class EngineConfig:
         `block_size` is vLLM's word for `page_size`, `num_gpu_blocks_override` for `num_pages`.
         Unknown names raise `TypeError`.
         """
-        aliases = {"block_size": "page_size", "num_gpu_blocks_override": "num_pages", "scheduling_policy": "policy"}
+        aliases = {
+            "block_size": "page_size",
+            "num_gpu_blocks_override": "num_pages",
+            "scheduling_policy": "policy",
+        }
         kwargs = {aliases.get(k, k): v for k, v in kwargs.items() if v is not None}
         if isinstance(kwargs.get("served_model_name"), str):
             kwargs["served_model_name"] = (kwargs["served_model_name"],)
@@ -139,7 +154,9 @@ class EngineConfig:
         }
         built: dict[str, Any] = {}
         for name, part in parts.items():
-            mine = {k: kwargs.pop(k) for k in part.__dataclass_fields__ if k != "model" and k in kwargs}
+            mine = {
+                k: kwargs.pop(k) for k in part.__dataclass_fields__ if k != "model" and k in kwargs
+            }
             built[name] = part(model=model, **mine) if part is ModelArgs else part(**mine)
         own = {k: kwargs.pop(k) for k in ("max_logprobs", "disable_log_stats") if k in kwargs}
         if kwargs:

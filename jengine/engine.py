@@ -1,4 +1,6 @@
-"""EngineCore: the loop that schedules, dispatches, collects and tells. The only file that sees scheduler and runner."""
+"""EngineCore: the loop that schedules, dispatches, collects and tells. The only file that sees
+scheduler and runner.
+"""
 
 import collections
 import dataclasses
@@ -43,7 +45,8 @@ log = logging.getLogger(__name__)
 class EngineCore:
     """One model on one device, driven by messages. `run` blocks its thread until `Shutdown`.
 
-    Two steps are in flight at most: step n+1 is planned and dispatched while n runs, then n is collected.
+    Two steps are in flight at most: step n+1 is planned and dispatched while n runs, then n is
+    collected.
     """
 
     def __init__(self, config: EngineConfig, emit: Callable[[FromCore], None]) -> None:
@@ -67,17 +70,17 @@ class EngineCore:
             self.start()
             while not self._is_over():
                 self.turn()
-        except Exception as error:  # the last line of defence: tell the front end instead of vanishing
+        except (
+            Exception
+        ) as error:  # the last line of defence: tell the front end instead of vanishing
             log.error("engine core stopped: %s", traceback.format_exc())
             known = isinstance(error, (JengineError, ValueError, OSError))
             self._emit(CoreDead(str(error) if known else f"{type(error).__name__}: {error}"))
 
     @property
     def has_work(self) -> bool:
-        """Whether a turn would do anything: a message waits, a request runs or a step is in flight."""
-        return bool(
-            self._in_flight or self.scheduler.has_unfinished or not self._inbox.empty()
-        )
+        """Whether a turn has something to do: a message, a request or a step in flight."""
+        return bool(self._in_flight or self.scheduler.has_unfinished or not self._inbox.empty())
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -98,6 +101,12 @@ class EngineCore:
             enable_prefix_caching=self._config.cache.enable_prefix_caching,
             fingerprint=f"{loaded.checkpoint.name}/{loaded.cfg.dtype}/{self.runner.groups}",
         )
+        max_chunk = self._config.scheduler.max_num_batched_tokens
+        if kv.max_request_tokens(max_chunk) < self.runner.max_model_len - 1:
+            raise ValueError(
+                f"the KV cache holds {kv.max_request_tokens(max_chunk)} tokens of one request, "
+                f"fewer than max_model_len={self.runner.max_model_len}: lower max_model_len or give it more memory"
+            )
         self.scheduler = Scheduler(self._config.scheduler, kv, self.runner.max_model_len)
         self.runner.warm_up(log.info)
         plan = self.runner.memory_plan()
@@ -114,7 +123,9 @@ class EngineCore:
         )
 
     def turn(self) -> None:
-        """One turn of the loop: read messages, start a step if there is one, finish the oldest if it is its time."""
+        """One turn of the loop: read messages, start a step if there is one, finish the oldest if
+        it is its time.
+        """
         self._read_inbox()
         plan = self.scheduler.schedule() if len(self._in_flight) < self._depth else None
         if plan is not None:

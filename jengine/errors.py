@@ -1,4 +1,4 @@
-"""Errors that cross a boundary. Servers map each class to one status code; nothing else is caught."""
+"""Errors that cross a boundary. Servers map each class to one status code."""
 
 
 class JengineError(Exception):
@@ -6,7 +6,9 @@ class JengineError(Exception):
 
 
 class InvalidRequestError(JengineError, ValueError):
-    """A request field is wrong. `field` names it; the message states the limit (HTTP 400, gRPC INVALID_ARGUMENT)."""
+    """A request field is wrong. `field` names it; the message states the limit (HTTP 400, gRPC
+    INVALID_ARGUMENT).
+    """
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")

@@ -1,6 +1,8 @@
-"""What one layer stores per token, and which layers share page tables. Pure data: no jax, no ownership.
+"""What one layer stores per token, and which layers share page tables. Pure data: no jax, no
+ownership.
 
-Layers declare a `KVSpec`; layers with equal specs form a `KVGroup`; a request holds one page table per group.
+Layers declare a `KVSpec`; layers with equal specs form a `KVGroup`; a request holds one page table
+per group.
 """
 
 from collections.abc import Sequence
@@ -56,7 +58,9 @@ class KVGroup:
         return self.spec.bytes_per_token * self.page_size * len(self.layers)
 
     def max_pages(self, num_tokens: int, max_chunk: int) -> int:
-        """Most pages one request of `num_tokens` holds at once when at most `max_chunk` tokens run in a step."""
+        """Most pages one request of `num_tokens` holds at once when at most `max_chunk` tokens run
+        in a step.
+        """
         pages = -(-num_tokens // self.page_size)
         if self.spec.window is None:
             return pages

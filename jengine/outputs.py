@@ -37,7 +37,9 @@ class RequestTimings:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One completion of a prompt. In a DELTA stream `text`, `token_ids` and `logprobs` hold only what is new."""
+    """One completion of a prompt. In a DELTA stream `text`, `token_ids` and `logprobs` hold only
+    what is new.
+    """
 
     index: int
     text: str

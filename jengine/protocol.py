@@ -1,4 +1,5 @@
-"""Messages between front end and engine core: msgspec structs, msgpack on the wire, one version number.
+"""Messages between front end and engine core: msgspec structs, msgpack on the wire, one version
+number.
 
 The same structs are passed by reference when the core runs in a thread.
 """
@@ -34,7 +35,9 @@ class AbortRequests(msgspec.Struct, tag="abort", array_like=True):
 
 
 class CallUtility(msgspec.Struct, tag="call", array_like=True):
-    """A rare operation of the core (`reset_prefix_cache`, `memory_plan`, ...), answered by `UtilityResult`."""
+    """A rare operation of the core (`reset_prefix_cache`, `memory_plan`, ...), answered by
+    `UtilityResult`.
+    """
 
     call_id: int
     method: str

@@ -24,11 +24,12 @@ class RequestOutputKind(StrEnum):
 
 
 class SamplingParams(msgspec.Struct, kw_only=True):
-    """How tokens are chosen, with vLLM's names, defaults and bounds (`SamplingParams` of vLLM 0.22).
+    """How tokens are chosen, with vLLM's names, defaults and bounds (`SamplingParams` of vLLM
+    0.22).
 
-    `temperature` below 1e-5 is greedy. `top_k` 0 or -1 keeps all. `logprobs` / `prompt_logprobs`: None off,
-    k >= 0 the best k (and always the chosen token), -1 the whole vocabulary. `seed` None draws a random seed.
-    `max_tokens` None means up to the model's length.
+    `temperature` below 1e-5 is greedy. `top_k` 0 or -1 keeps all. `logprobs` / `prompt_logprobs`:
+    None off, k >= 0 the best k (and always the chosen token), -1 the whole vocabulary. `seed` None
+    draws a random seed. `max_tokens` None means up to the model's length.
     """
 
     n: int = 1
@@ -95,7 +96,11 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             f"must be >= 0 and finite, got {self.temperature}",
         )
         need(0.0 < self.top_p <= 1.0, "top_p", f"must be in (0, 1], got {self.top_p}")
-        need(0 <= self.top_k < 2**31, "top_k", f"must be -1, 0 or a positive number, got {self.top_k}")
+        need(
+            0 <= self.top_k < 2**31,
+            "top_k",
+            f"must be -1, 0 or a positive number, got {self.top_k}",
+        )
         need(0.0 <= self.min_p <= 1.0, "min_p", f"must be in [0, 1], got {self.min_p}")
         need(
             self.seed is None or -(2**63) <= self.seed < 2**63,
@@ -115,16 +120,22 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            need(value is None or value >= -1, name, f"must be -1 (whole vocabulary) or >= 0, got {value}")
+            need(
+                value is None or value >= -1,
+                name,
+                f"must be -1 (whole vocabulary) or >= 0, got {value}",
+            )
         need(
             self.truncate_prompt_tokens is None or self.truncate_prompt_tokens >= -1,
             "truncate_prompt_tokens",
             "must be -1 (the model's length) or >= 1",
         )
         need(
-            self.truncate_prompt_tokens != 0, "truncate_prompt_tokens", "must be -1 (the model's length) or >= 1"
+            self.truncate_prompt_tokens != 0,
+            "truncate_prompt_tokens",
+            "must be -1 (the model's length) or >= 1",
         )
-        need(all(self.stop or [""][:0]), "stop", "must not hold an empty string")
+        need(all(self.stop_strings), "stop", "must not hold an empty string")
         need(not self.stop or self.detokenize, "stop", "needs detokenize=True")
         need(all(self.bad_words or ()), "bad_words", "must not hold an empty string")
         need(self.allowed_token_ids != [], "allowed_token_ids", "must not be empty")
@@ -140,18 +151,26 @@ class SamplingParams(msgspec.Struct, kw_only=True):
 
     @property
     def reads_prefix_cache(self) -> bool:
-        """Prompt logprobs need every prompt position computed, so they skip cached pages by default."""
+        """Prompt logprobs need every prompt position computed, so they skip cached pages by
+        default.
+        """
         if self.skip_reading_prefix_cache is not None:
             return not self.skip_reading_prefix_cache
         return self.prompt_logprobs is None
 
     @property
     def has_penalties(self) -> bool:
-        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
 
     @property
     def needs_host_tokens(self) -> bool:
-        """Whether planning the next token needs the previous one on the host (then no step is planned ahead)."""
+        """Whether planning the next token needs the previous one on the host (then no step is
+        planned ahead).
+        """
         return bool(self.bad_word_ids)
 
     def check_vocab(self, vocab_size: int) -> None:
@@ -164,7 +183,9 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         for name, ids in fields.items():
             for token_id in ids:
                 if not 0 <= token_id < vocab_size:
-                    raise InvalidRequestError(name, f"token id {token_id} is outside the vocabulary [0, {vocab_size})")
+                    raise InvalidRequestError(
+                        name, f"token id {token_id} is outside the vocabulary [0, {vocab_size})"
+                    )
 
     def clone(self, **changes: Any) -> "SamplingParams":
         return msgspec.structs.replace(self, **changes)
@@ -188,9 +209,10 @@ class FinishReason(StrEnum):
 class Request:
     """One sequence of tokens being completed. Owned and written by `Scheduler`; others read.
 
-    `num_computed_tokens` counts tokens whose forward pass has been dispatched. `num_pending_tokens` counts
-    sampled tokens that are still on the device: they follow `token_ids` but their ids are not known here yet.
-    The scheduler only ever makes `num_computed_tokens` catch up with `num_tokens + num_pending_tokens`.
+    `num_computed_tokens` counts tokens whose forward pass has been dispatched. `num_pending_tokens`
+    counts sampled tokens that are still on the device: they follow `token_ids` but their ids are
+    not known here yet. The scheduler only ever makes `num_computed_tokens` catch up with
+    `num_tokens + num_pending_tokens`.
     """
 
     request_id: str
@@ -205,7 +227,9 @@ class Request:
     token_ids: list[int] = field(default_factory=list)  # prompt + output, known on the host
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
-    num_cached_tokens: int = -1  # prompt tokens served by the prefix cache at first admission; -1 before
+    num_cached_tokens: int = (
+        -1
+    )  # prompt tokens served by the prefix cache at first admission; -1 before
     num_preemptions: int = 0
     row: int = -1  # row of the device's per-request state while RUNNING
     finish_reason: FinishReason | None = None

@@ -1,4 +1,6 @@
-"""Paged attention as a layer sees it: write the new keys and values, then read the context through the page table."""
+"""Paged attention as a layer sees it: write the new keys and values, then read the context through
+the page table.
+"""
 
 import dataclasses
 
@@ -13,7 +15,7 @@ from jengine.pallas_kernels.ragged_paged_attention.api import ragged_paged_atten
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMetadata:
-    """Where the packed tokens of a step belong. One page table and one slot mapping per KV group."""
+    """Where a step's packed tokens belong. One page table and one slot mapping per KV group."""
 
     positions: jax.Array  # i32[T]
     cu_q_lens: jax.Array  # i32[S+1]; sequence s owns tokens cu_q_lens[s]:cu_q_lens[s+1]
@@ -40,8 +42,8 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of the step's tokens over their contexts, new tokens included.
 
-    `kv_pages` is [P, B, 2, K, H] and is consumed: the caller keeps only the returned array, which aliases it.
-    Returns (out [T, N, H], kv_pages).
+    `kv_pages` is [P, B, 2, K, H] and is consumed: the caller keeps only the returned array, which
+    aliases it. Returns (out [T, N, H], kv_pages).
     """
     group = metadata.group_of_layer[layer]
     kv_pages = kv_write(kv_pages, k_TKH, v_TKH, metadata.slots[group], metadata.num_tokens)

@@ -1,4 +1,6 @@
-"""Linear maps and embeddings. Weights are [out, in], as Hugging Face stores them and as XLA:CPU runs them fastest."""
+"""Linear maps and embeddings. Weights are [out, in], as Hugging Face stores them and as XLA:CPU
+runs them fastest.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,13 @@ class Linear(nnx.Module):
     """`x @ weight.T + bias`, accumulated in float32."""
 
     def __init__(
-        self, in_dim: int, out_dim: int, axes: tuple[str | None, str | None], dtype: str, *, bias: bool = False
+        self,
+        in_dim: int,
+        out_dim: int,
+        axes: tuple[str | None, str | None],
+        dtype: str,
+        *,
+        bias: bool = False,
     ) -> None:
         """`axes` are the logical axes of (out, in)."""
         self.weight = param((out_dim, in_dim), axes, dtype)

@@ -1,4 +1,6 @@
-"""Normalisation. Written by hand because `nnx.RMSNorm` mixes dtypes, which strict promotion forbids."""
+"""Normalisation. Written by hand because `nnx.RMSNorm` mixes dtypes, which strict promotion
+forbids.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ from jengine.layers.param import param
 
 
 def rms_norm(x_TD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
-    """`x / rms(x) * weight` in float32, returned in the dtype of `x` (arXiv:1910.07467, as Hugging Face rounds it)."""
+    """`x / rms(x) * weight` in float32, returned in the dtype of `x` (arXiv:1910.07467, as Hugging
+    Face rounds it).
+    """
     x32 = x_TD.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale).astype(x_TD.dtype) * weight_D[None, :]

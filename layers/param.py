@@ -1,4 +1,6 @@
-"""Parameters declared once: shape, dtype, logical axes and initialiser, from which everything else is derived."""
+"""Parameters declared once: shape, dtype, logical axes and initialiser, from which everything else
+is derived.
+"""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +17,9 @@ DUMMY_STD = 0.02
 
 @dataclass(frozen=True, slots=True)
 class ParamInfo:
-    """What a parameter is, before it has a value. `logical_axes` names each dimension (see `sharding/rules.py`)."""
+    """What a parameter is, before it has a value. `logical_axes` names each dimension (see
+    `sharding/rules.py`).
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -24,7 +28,9 @@ class ParamInfo:
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.logical_axes):
-            raise ValueError(f"{len(self.shape)} dimensions but {len(self.logical_axes)} logical axes")
+            raise ValueError(
+                f"{len(self.shape)} dimensions but {len(self.logical_axes)} logical axes"
+            )
 
     @property
     def num_bytes(self) -> int:
@@ -43,6 +49,11 @@ def param(
 
 
 def abstract_parameters(model: nnx.Module) -> Mapping[str, ParamInfo]:
-    """Dotted path -> `ParamInfo` of every parameter of a module built by `param`, in a stable order."""
+    """Dotted path -> `ParamInfo` of every parameter of a module built by `param`, in a stable
+    order.
+    """
     state = nnx.state(model, nnx.Param)
-    return {".".join(map(str, path)): leaf.get_metadata("info") for path, leaf in nnx.to_flat_state(state)}
+    return {
+        ".".join(map(str, path)): leaf.get_metadata("info")
+        for path, leaf in nnx.to_flat_state(state)
+    }

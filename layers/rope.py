@@ -1,4 +1,6 @@
-"""Rotary position embedding and its length-scaling variants (arXiv:2104.09864; names as in Hugging Face configs)."""
+"""Rotary position embedding and its length-scaling variants (arXiv:2104.09864; names as in Hugging
+Face configs).
+"""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +16,9 @@ SUPPORTED_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Rotation speeds of one layer kind. `inv_freq` has H/2 entries, radians per position; `scaling` multiplies cos and sin."""
+    """Rotation speeds of one layer kind. `inv_freq` has H/2 entries, radians per position;
+    `scaling` multiplies cos and sin.
+    """
 
     inv_freq: tuple[float, ...]
     scaling: float = 1.0
@@ -27,11 +31,12 @@ def build_rope(
     max_position_embeddings: int,
     max_model_len: int,
 ) -> RopeTable:
-    """Compute the rotation table that a config asks for. `scaling` is the config's `rope_scaling` / `rope_parameters`.
+    """Compute the rotation table that a config asks for. `scaling` is the config's `rope_scaling` /
+    `rope_parameters`.
 
-    "dynamic" (NTK) and "longrope" depend on the length of the whole text in Hugging Face, which changes the
-    rotation of old keys as a text grows. Here the length is the engine's `max_model_len`, so that a token's
-    rotation depends on its position alone.
+    "dynamic" (NTK) and "longrope" depend on the length of the whole text in Hugging Face, which
+    changes the rotation of old keys as a text grows. Here the length is the engine's
+    `max_model_len`, so that a token's rotation depends on its position alone.
 
     Raises `ValueError` for an unknown type or a missing field.
     """
@@ -53,9 +58,13 @@ def build_rope(
     elif kind == "yarn":
         inv_freq, attention_scaling = _yarn(inv_freq, dim, theta, scaling, max_position_embeddings)
     elif kind == "longrope":
-        inv_freq, attention_scaling = _longrope(inv_freq, scaling, max_position_embeddings, max_model_len)
+        inv_freq, attention_scaling = _longrope(
+            inv_freq, scaling, max_position_embeddings, max_model_len
+        )
     elif kind != "default":
-        raise ValueError(f"rope type {kind!r} is not supported; known: {', '.join(SUPPORTED_TYPES)}")
+        raise ValueError(
+            f"rope type {kind!r} is not supported; known: {', '.join(SUPPORTED_TYPES)}"
+        )
     return RopeTable(tuple(inv_freq.astype(np.float32).tolist()), float(attention_scaling))
 
 
@@ -67,7 +76,9 @@ def rope_cos_sin(table: RopeTable, positions_T: jax.Array) -> tuple[jax.Array, j
 
 
 def apply_rope(x_TNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the pairs (i, i + H/2) of every head in float32; dimensions beyond the table pass through."""
+    """Rotate the pairs (i, i + H/2) of every head in float32; dimensions beyond the table pass
+    through.
+    """
     half = cos.shape[-1]
     x1, x2, rest = jnp.split(x_TNH, (half, 2 * half), axis=-1)
     x1, x2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
@@ -118,11 +129,15 @@ def _yarn(
 def _longrope(
     inv_freq: np.ndarray, scaling: Mapping[str, Any], max_position: int, max_model_len: int
 ) -> tuple[np.ndarray, float]:
-    """LongRoPE (arXiv:2402.13753): one divisor per pair of dimensions, short or long by the length served."""
+    """LongRoPE (arXiv:2402.13753): one divisor per pair of dimensions, short or long by the length
+    served.
+    """
     original = scaling.get("original_max_position_embeddings") or max_position
     factor = scaling.get("factor") or max_position / original
     divisors = scaling["long_factor"] if max_model_len > original else scaling["short_factor"]
     attention_scaling = scaling.get("attention_factor")
     if attention_scaling is None:
-        attention_scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        attention_scaling = (
+            1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        )
     return inv_freq / np.asarray(divisors, np.float64), float(attention_scaling)

@@ -1,10 +1,12 @@
 """Choosing tokens inside the step: no sort, and no random state.
 
-Every draw is keyed by (request seed, position), so that the same request gives the same token in any batch. The
-order of operations is vLLM's: banned and biased logits, penalties, temperature, min_p, top_k, top_p, draw.
+Every draw is keyed by (request seed, position), so that the same request gives the same token in
+any batch. The order of operations is vLLM's: banned and biased logits, penalties, temperature,
+min_p, top_k, top_p, draw.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,11 @@ from jengine.pallas_kernels.argmax_rows.api import argmax_rows
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowState:
-    """Per-request state on the device, one row per running request; row R (out of range) is nobody's.
+    """Per-request state on the device, one row per running request; row R (out of range) is
+    nobody's.
 
-    `output_counts`, `prompt_mask` and `bias` are set on admission, and only for requests that use penalties,
-    logit_bias or allowed_token_ids.
+    `output_counts`, `prompt_mask` and `bias` are set on admission, and only for requests that use
+    penalties, logit_bias or allowed_token_ids.
     """
 
     last_token: jax.Array  # i32[R]; the newest sampled token
@@ -61,8 +64,12 @@ class Logprobs:
     top_values: jax.Array  # f32[S, K]
 
 
-def sample(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> tuple[jax.Array, jax.Array]:
-    """Returns (token ids i32[S], is_finite bool[S]). A row without one finite maximum is not finite."""
+def sample(
+    logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (token ids i32[S], is_finite bool[S]). A row without one finite maximum is not
+    finite.
+    """
     best_S = argmax_rows(logits_SV)
     peak_S = jnp.take_along_axis(logits_SV, best_S[:, None], axis=1)[:, 0]
     ids_S = jax.lax.cond(
@@ -74,7 +81,9 @@ def sample(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> tupl
 
 
 def logprobs(logits_SV: jax.Array, ids_S: jax.Array, num_top: int, wanted: jax.Array) -> Logprobs:
-    """Log-probabilities of raw logits before any adjustment (vLLM's `raw_logprobs`); zeros unless `wanted`."""
+    """Log-probabilities of raw logits before any adjustment (vLLM's `raw_logprobs`); zeros unless
+    `wanted`.
+    """
     num_seqs = logits_SV.shape[0]
 
     def compute() -> Logprobs:
@@ -95,8 +104,12 @@ def logprobs(logits_SV: jax.Array, ids_S: jax.Array, num_top: int, wanted: jax.A
     return jax.lax.cond(wanted, compute, skip)
 
 
-def count_sampled(rows: RowState, inputs: SamplingInputs, ids_S: jax.Array, samples_S: jax.Array) -> RowState:
-    """The row state after this step: newest tokens, and counts where penalties are used. Consumes `rows`."""
+def count_sampled(
+    rows: RowState, inputs: SamplingInputs, ids_S: jax.Array, samples_S: jax.Array
+) -> RowState:
+    """The row state after this step: newest tokens, and counts where penalties are used. Consumes
+    `rows`.
+    """
     nobody = rows.last_token.shape[0]
     row_S = jnp.where(samples_S, inputs.rows, nobody)
     counted_S = jnp.where(samples_S, inputs.adjusted_rows, nobody)
@@ -108,7 +121,9 @@ def count_sampled(rows: RowState, inputs: SamplingInputs, ids_S: jax.Array, samp
 
 
 def top_k_threshold(x_SV: jax.Array, k_S: jax.Array) -> jax.Array:
-    """f32[S]: the k-th largest value of each row, so that `x >= threshold` keeps k entries and all ties."""
+    """f32[S]: the k-th largest value of each row, so that `x >= threshold` keeps k entries and all
+    ties.
+    """
 
     def enough(key_S: jax.Array, keys_SV: jax.Array) -> jax.Array:
         return jnp.sum(keys_SV >= key_S[:, None], axis=-1, dtype=jnp.int32) >= k_S
@@ -117,7 +132,9 @@ def top_k_threshold(x_SV: jax.Array, k_S: jax.Array) -> jax.Array:
 
 
 def top_p_threshold(x_SV: jax.Array, p_S: jax.Array) -> jax.Array:
-    """f32[S]: the largest value t with `sum(softmax(x)[x >= t]) >= p`: the nucleus, with all ties of its last entry."""
+    """f32[S]: the largest value t with `sum(softmax(x)[x >= t]) >= p`: the nucleus, with all ties
+    of its last entry.
+    """
     probs_SV = jax.nn.softmax(x_SV, axis=-1)
 
     def enough(key_S: jax.Array, keys_SV: jax.Array) -> jax.Array:
@@ -178,10 +195,14 @@ def _gumbel(inputs: SamplingInputs, vocab_size: int) -> jax.Array:
     return jax.vmap(row)(inputs.seeds, inputs.positions)
 
 
-def _largest_threshold(x_SV: jax.Array, enough) -> jax.Array:  # noqa: ANN001 - (key_S, keys_SV) -> bool[S]
-    """Largest float t of each row for which `enough` holds, by bisection over the 32 bits of ordered keys.
+def _largest_threshold(
+    x_SV: jax.Array, enough: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """Largest float t of each row for which `enough(key_S, keys_SV)` holds, by bisection over the
+    32 bits of ordered keys.
 
-    32 counting passes cost less than one sort of a vocabulary, need no scratch, and sum in a fixed order.
+    32 counting passes cost less than one sort of a vocabulary, need no scratch, and sum in a fixed
+    order.
     """
     keys_SV = _ordered_key(x_SV)
     low_S = jnp.zeros((x_SV.shape[0],), jnp.uint32)  # always enough

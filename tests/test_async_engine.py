@@ -132,8 +132,8 @@ async def test_a_slow_reader_gets_fewer_and_larger_outputs(tmp_path: Path) -> No
 
 async def test_a_reader_in_no_hurry_costs_only_its_tokens(tmp_path: Path) -> None:
     """What waits for a reader is one state, not a queue of outputs."""
-    async with echo_engine(tmp_path) as engine:
-        stream = engine.generate("abcd", greedy(max_tokens=2000), "r")
+    async with echo_engine(tmp_path, {"step_seconds": 0.001}) as engine:
+        stream = engine.generate("abcd", greedy(max_tokens=400), "r")
         first = await anext(stream)
         while await engine.call_utility("running"):
             await asyncio.sleep(0.01)
@@ -141,7 +141,7 @@ async def test_a_reader_in_no_hurry_costs_only_its_tokens(tmp_path: Path) -> Non
         assert sum(type(o) is RequestOutput for o in gc.get_objects()) <= 1
         last = await anext(stream)
         assert last.finished
-        assert text_of([first, last]) == "abcd" * 500
+        assert text_of([first, last]) == "abcd" * 100
 
 
 @pytest.mark.parametrize("how", ["aclose", "cancel", "break"])
@@ -209,12 +209,11 @@ async def test_two_long_prompts_of_one_id(tmp_path: Path) -> None:
     """The second comes while the first is being tokenised."""
     async with echo_engine(tmp_path) as engine:
         long = "x" * 5000
-        results = await asyncio.gather(
-            *(collect(engine.generate(long, greedy(), "same")) for _ in range(2)),
-            return_exceptions=True,
-        )
-        assert isinstance(results[1], DuplicateRequestError)
-        assert text_of(results[0]) == "xxxxxx"
+        first = asyncio.create_task(collect(engine.generate(long, greedy(), "same")))
+        await asyncio.sleep(0)
+        with pytest.raises(DuplicateRequestError):
+            await collect(engine.generate(long, greedy(), "same"))
+        assert text_of(await first) == "xxxxxx"
 
 
 async def test_a_full_queue_refuses(tmp_path: Path) -> None:
@@ -390,7 +389,7 @@ async def test_real_logprobs_are_those_of_transformers(
         reference = expected[position - 1]
         assert found.logprob == pytest.approx(reference[token_id].item(), abs=1e-4)
         assert found.rank == int((reference > reference[token_id]).sum()) + 1
-    (position,) = output.outputs[0].logprobs or ()
+    (position,) = output.outputs[0].logprobs or [{}]
     best = expected[-1].topk(3)
     assert list(position) == best.indices.tolist()
     assert [entry.rank for entry in position.values()] == [1, 2, 3]
@@ -420,7 +419,7 @@ async def test_real_stop_strings_and_prefix_hits(real: AsyncEngine) -> None:
         real.generate("The quick brown fox" * 12, params.clone(stop=stop), "stopped")
     )
     assert text_of(outputs) == whole[: whole.index(stop)]
-    assert outputs[-1].num_cached_tokens > 0
+    assert (outputs[-1].num_cached_tokens or 0) > 0
     assert await has_no_pages(real)
 
 

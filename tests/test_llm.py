@@ -346,15 +346,13 @@ llm.generate("ab", SamplingParams(max_tokens=3))
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("tiny")
     return folder, make_tiny_llama(folder)
 
 
 @pytest.fixture(scope="module")
-def real(
-    tiny: tuple[Path, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LLM]:
+def real(tiny: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     with LLM(
         str(tiny[0]),
         dtype="float32",
@@ -368,7 +366,7 @@ def real(
         yield llm
 
 
-def test_real_tokens_and_live_objects(real: LLM, tiny: tuple[Path, torch.nn.Module]) -> None:
+def test_real_tokens_and_live_objects(real: LLM, tiny: tuple[Path, Any]) -> None:
     prompt = list(range(5, 45))
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     (output,) = real.generate([prompt], params, use_tqdm=False)

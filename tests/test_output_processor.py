@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -32,7 +33,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 class Bench:
     """A request and its output processor, fed by hand."""
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt: object = "p", **sampling: object):
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Any = "p", **sampling: Any):
         self.processor = OutputProcessor(tokenizer)
         self.prepared = _inputs(tokenizer).prepare(
             prompt, SamplingParams(**{"max_tokens": 500, **sampling}), "id"
@@ -41,7 +42,8 @@ class Bench:
         self.core_ids = [child.request_id for child in self.prepared.children]
         self.aborted: list[str] = []
 
-    def feed(self, token_ids: list[int], index: int = 0, **fields: object) -> RequestOutput | None:
+    def feed(self, token_ids: list[int], index: int = 0, **fields: Any) -> Any:
+        """What the reader gets after a step: an output, or None."""
         output = CoreOutput(self.core_ids[index], token_ids, **fields)
         _, aborted = self.processor.process(StepOutputs([output], EngineStats(), timestamp=5.0))
         self.aborted += aborted
@@ -261,6 +263,7 @@ def test_finish_gives_what_there_is_and_names_what_runs(tokenizer: Tokenizer) ->
     bench.feed([97], index=0, finish_reason=FinishReason.LENGTH)
     assert bench.processor.finish("id", FinishReason.ABORT) == [bench.core_ids[1]]
     output = bench.state.take()
+    assert output is not None
     assert [c.finish_reason for c in output.outputs] == ["abort"]
     assert output.finished
     assert bench.processor.finish("id", FinishReason.ABORT) == []

@@ -68,7 +68,7 @@ def _details(error: Any) -> tuple[list[tuple[str, str]], str]:
     """Field violations and the reason, from the trailer."""
     fields: list[tuple[str, str]] = []
     reason = ""
-    for key, value in error.trailingcall_metadata() or ():
+    for key, value in error.trailing_metadata() or ():
         if key != "grpc-status-details-bin":
             continue
         for packed in status_pb2.Status.FromString(value).details:

@@ -1,17 +1,22 @@
-"""The boundary between the scheduler and the device runtime: what goes into a step and what comes out."""
+"""The boundary between the scheduler and the device runtime: what goes into a step and what comes
+out.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from jengine.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """Tokens `[start, start + num_tokens)` of one request. `page_tables` are live lists, one per KV group: copy them.
+class ScheduledRequest(msgspec.Struct, frozen=True, eq=False):
+    """Tokens `[start, start + num_tokens)` of one request. `page_tables` are live lists, one per KV
+    group: copy them. A struct, not a dataclass: 256 of them are made in each step, four times
+    faster.
 
-    A token whose id the host does not know yet (`start + i >= request.num_tokens`) is the last one sampled for
-    `row`, and is read on the device.
+    A token whose id the host does not know yet (`start + i >= request.num_tokens`) is the last one
+    sampled for `row`, and is read on the device.
     """
 
     request: Request
@@ -34,7 +39,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: the chosen token first, then the best k in falling order."""
+    """Log-probabilities at one position: the chosen token first, then the best k, falling."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -45,8 +50,8 @@ class TokenLogprobs:
 class StepResult:
     """What a step brought back, each list aligned with `StepPlan.scheduled`.
 
-    `prompt_logprobs[i]` holds one entry for each prompt token at positions `start + 1 ... start + num_tokens`
-    that is still inside the prompt, or None if the request did not ask.
+    `prompt_logprobs[i]` holds one entry for each prompt token at positions `start + 1 ...
+    start + num_tokens` that is still inside the prompt, or None if the request did not ask.
     """
 
     token_ids: Sequence[int]  # -1 where nothing was sampled
@@ -55,8 +60,7 @@ class StepResult:
     failed: frozenset[int] = frozenset()  # indices whose logits were not finite
 
 
-@dataclass(frozen=True, slots=True)
-class RequestUpdate:
+class RequestUpdate(msgspec.Struct, frozen=True, eq=False):
     """What `Scheduler.update` tells the front end about one request."""
 
     request: Request

@@ -4,12 +4,14 @@ weights.
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
-import jax
 import numpy as np
 
 from jengine.layers.param import DUMMY_STD, ParamInfo
 from jengine.loading.arrays import aligned_empty, numpy_dtype
+
+Placed = TypeVar("Placed")  # a parameter where `put` put it: a jax.Array in the engine
 
 CHUNK_ELEMENTS = 1 << 21
 
@@ -17,9 +19,9 @@ CHUNK_ELEMENTS = 1 << 21
 def dummy_parameters(
     abstract: Mapping[str, ParamInfo],
     seed: int,
-    put: Callable[[str, np.ndarray], jax.Array],
+    put: Callable[[str, np.ndarray], Placed],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Placed]:
     """normal(0, 0.02) weights, ones and zeros where declared.
 
     A parameter depends on `seed` and its path only: not on the other parameters, their order or the

@@ -8,14 +8,16 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-import jax
 import numpy as np
 
 from jengine.errors import LoadError
 from jengine.layers.param import ParamInfo
 from jengine.loading.arrays import aligned_empty, cast_into, numpy_dtype
 from jengine.loading.checkpoint import TensorSource
+
+Placed = TypeVar("Placed")  # a parameter where `put` put it: a jax.Array in the engine
 
 LAYER = "{i}"  # stands for any layer index in a rule's source and target
 CHUNK_BYTES = (
@@ -66,9 +68,9 @@ def load_parameters(
     tensors: TensorSource,
     table: WeightTable,
     abstract: Mapping[str, ParamInfo],
-    put: Callable[[str, np.ndarray], jax.Array],
+    put: Callable[[str, np.ndarray], Placed],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Placed]:
     """Fill every parameter of `abstract`, cast to its dtype (nearest even), one parameter in memory
     at a time.
 

@@ -25,24 +25,32 @@ class ConfigFields:
     def require(self, name: str, allowed: tuple[Any, ...], default: Any) -> Any:
         value = self._hf.get(name, default)
         if value not in allowed:
-            raise LoadError(f"config field {name!r} is {value!r}; supported: {', '.join(map(repr, allowed))}")
+            raise LoadError(
+                f"config field {name!r} is {value!r}; supported: {', '.join(map(repr, allowed))}"
+            )
         return value
 
     def rope(self) -> tuple[float, Mapping[str, Any] | None]:
-        """(theta, scaling): from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
+        """(theta, scaling): from `rope_parameters` (transformers 5) or `rope_theta` and
+        `rope_scaling`.
+        """
         parameters = self._hf.get("rope_parameters") or {}
         theta = parameters.get("rope_theta", self._hf.get("rope_theta", 10000.0))
         return float(theta), parameters or self._hf.get("rope_scaling")
 
     def layer_windows(self, num_layers: int) -> tuple[int | None, ...]:
-        """Window of each layer, None for full attention: from `layer_types`, else `sliding_window` for all."""
+        """Window of each layer, None for full attention: from `layer_types`, else `sliding_window`
+        for all.
+        """
         window = self._hf.get("sliding_window")
         kinds = self._hf.get("layer_types")
         if kinds is None:
             use = self._hf.get("use_sliding_window", True)
             return (window if use else None,) * num_layers
         if len(kinds) != num_layers:
-            raise LoadError(f"config field 'layer_types' has {len(kinds)} entries for {num_layers} layers")
+            raise LoadError(
+                f"config field 'layer_types' has {len(kinds)} entries for {num_layers} layers"
+            )
         windows: list[int | None] = []
         for kind in kinds:
             if kind == "full_attention":
@@ -50,5 +58,7 @@ class ConfigFields:
             elif kind == "sliding_attention" and window is not None:
                 windows.append(window)
             else:
-                raise LoadError(f"config field 'layer_types' has {kind!r}, which is not supported here")
+                raise LoadError(
+                    f"config field 'layer_types' has {kind!r}, which is not supported here"
+                )
         return tuple(windows)

@@ -1,4 +1,4 @@
-"""Llama (arXiv:2302.13971, 2407.21783) and the families that differ from it in configuration only."""
+"""Llama (arXiv:2302.13971, 2407.21783) and the families that differ in configuration only."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class LlamaConfig:
     def from_hf(
         cls, hf: Mapping[str, Any], *, dtype: str, kv_dtype: str, max_model_len: int
     ) -> Self:
-        """Read a config.json. Raises `LoadError` naming the field that is missing or not supported."""
+        """Read a config.json. Raises `LoadError` naming a missing or unsupported field."""
         fields = ConfigFields(hf)
         heads = fields.integer("num_attention_heads")
         hidden = fields.integer("hidden_size")
@@ -125,7 +125,11 @@ class LlamaMLP(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig) -> None:
         self.gate_up_proj = Linear(
-            cfg.hidden_size, 2 * cfg.intermediate_size, ("mlp", "embed"), cfg.dtype, bias=cfg.mlp_bias
+            cfg.hidden_size,
+            2 * cfg.intermediate_size,
+            ("mlp", "embed"),
+            cfg.dtype,
+            bias=cfg.mlp_bias,
         )
         self.down_proj = Linear(
             cfg.intermediate_size, cfg.hidden_size, ("embed", "mlp"), cfg.dtype, bias=cfg.mlp_bias
@@ -133,7 +137,10 @@ class LlamaMLP(nnx.Module):
 
     def __call__(self, x_TD: jax.Array, metadata: AttentionMetadata) -> jax.Array:
         gate_up_TF = self.gate_up_proj(x_TD, metadata.num_tokens)
-        gate_TF, up_TF = gate_up_TF[:, : gate_up_TF.shape[1] // 2], gate_up_TF[:, gate_up_TF.shape[1] // 2 :]
+        gate_TF, up_TF = (
+            gate_up_TF[:, : gate_up_TF.shape[1] // 2],
+            gate_up_TF[:, gate_up_TF.shape[1] // 2 :],
+        )
         return self.down_proj(jax.nn.silu(gate_TF) * up_TF, metadata.num_tokens)
 
 
@@ -162,7 +169,9 @@ class LlamaDecoderLayer(nnx.Module):
 
 
 class LlamaForCausalLM(nnx.Module):
-    """Decoder-only language model. `__call__` maps packed tokens to final hidden states; `head` gives logits."""
+    """Decoder-only language model. `__call__` maps packed tokens to final hidden states; `head`
+    gives logits.
+    """
 
     config_class = LlamaConfig
 
@@ -174,15 +183,15 @@ class LlamaForCausalLM(nnx.Module):
         )
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
         self.lm_head = (
-            None
-            if cfg.tie_word_embeddings
-            else LMHead(cfg.vocab_size, cfg.hidden_size, cfg.dtype)
+            None if cfg.tie_word_embeddings else LMHead(cfg.vocab_size, cfg.hidden_size, cfg.dtype)
         )
 
     def __call__(
         self, token_ids_T: jax.Array, kv: Sequence[jax.Array], metadata: AttentionMetadata
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Returns (hidden [T, D] after the last norm, kv). `kv` holds one page array per layer and is consumed."""
+        """Returns (hidden [T, D] after the last norm, kv). `kv` holds one page array per layer and
+        is consumed.
+        """
         cos, sin = rope_cos_sin(self.cfg.rope, metadata.positions)
         x_TD = self.embed_tokens(token_ids_T)
         new_kv = []
@@ -241,7 +250,7 @@ def hf_weights(cfg: LlamaConfig) -> WeightTable:
 
 
 def gguf_weights(cfg: LlamaConfig) -> WeightTable:
-    """GGUF tensor names. llama.cpp stores the rows of q and k with each rotary pair side by side."""
+    """GGUF tensor names. llama.cpp stores each rotary pair of q and k rows side by side."""
 
     def undo_pairs(heads: int) -> Any:
         def transform(rows: np.ndarray) -> np.ndarray:

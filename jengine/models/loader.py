@@ -82,7 +82,7 @@ def resolve_max_model_len(hf: dict[str, Any], asked: int | None) -> int:
 
 
 def resolve_dtype(hf: dict[str, Any], asked: str) -> str:
-    """"auto" is the checkpoint's own dtype, and bfloat16 for quantised files and float16 weights."""
+    """For "auto" the checkpoint's own dtype; bfloat16 for quantised files and float16 weights."""
     if asked == "auto":
         asked = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16")
         asked = "bfloat16" if asked == "float16" else asked

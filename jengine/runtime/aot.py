@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def executable_key(device: jax.Device, *parts: Any) -> str:
-    """Digest of everything an executable depends on: our code, the arguments, jax, the device and its flags."""
+    """Digest of everything an executable depends on: our code, the arguments, jax, the device and
+    its flags.
+    """
     digest = hashlib.sha256()
     facts = (
         _source_digest(),
@@ -39,7 +41,7 @@ def executable_key(device: jax.Device, *parts: Any) -> str:
 
 
 class ExecutableStore:
-    """A folder of serialised executables under one key. A damaged or foreign file counts as absent."""
+    """Serialised executables in a folder, under one key. A damaged file counts as absent."""
 
     def __init__(self, folder: Path | None, key: str, device: jax.Device) -> None:
         self._device = device
@@ -53,7 +55,9 @@ class ExecutableStore:
         structure: tuple[Any, Any],
         compile_: Callable[[], jax.stages.Compiled],
     ) -> jax.stages.Compiled:
-        """Load `name`, or compile and keep it. `structure` is (in_tree, out_tree) of the executable's call."""
+        """Load `name`, or compile and keep it. `structure` is (in_tree, out_tree) of the
+        executable's call.
+        """
         if (compiled := self._load(name, structure)) is not None:
             self.num_loaded += 1
             return compiled

@@ -1,7 +1,7 @@
 """StepPlan -> one int32 array on the host -> `DeviceBatch` inside the step.
 
-All metadata of a step travels as a single array: a host-to-device copy costs tens of microseconds whatever its
-size. Floats are stored as their bits.
+All metadata of a step travels as a single array: a host-to-device copy costs tens of microseconds
+whatever its size. Floats are stored as their bits.
 """
 
 import dataclasses
@@ -97,7 +97,9 @@ class BatchLayout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeviceBatch:
-    """The unpacked metadata of one step. See `AttentionMetadata` and `SamplingInputs` for the shared names."""
+    """The unpacked metadata of one step. See `AttentionMetadata` and `SamplingInputs` for the
+    shared names.
+    """
 
     token_ids: jax.Array  # i32[T]; PENDING where the id is on the device
     positions: jax.Array  # i32[T]
@@ -118,7 +120,9 @@ def unpack_batch(packed: jax.Array, layout: BatchLayout) -> DeviceBatch:
     for name, (kind, shape) in layout.fields.items():
         value = packed[layout.offsets[name]].reshape(shape)
         if kind in ("f32", "u32"):
-            value = jax.lax.bitcast_convert_type(value, jnp.float32 if kind == "f32" else jnp.uint32)
+            value = jax.lax.bitcast_convert_type(
+                value, jnp.float32 if kind == "f32" else jnp.uint32
+            )
         elif kind == "bool":
             value = value != 0
         a[name] = value
@@ -136,8 +140,9 @@ def unpack_batch(packed: jax.Array, layout: BatchLayout) -> DeviceBatch:
 class PageTableMirror:
     """The page tables of all rows as one array, kept up by appending.
 
-    Copying every list anew would cost O(context) per sequence and step; tables only grow, and an entry that the
-    manager nulls (below a sliding window) is never read again, so the stale id may stay.
+    Copying every list anew would cost O(context) per sequence and step; tables only grow, and an
+    entry that the manager nulls (below a sliding window) is never read again, so the stale id may
+    stay.
     """
 
     def __init__(self, num_groups: int, num_rows: int, pages_per_seq: int) -> None:
@@ -232,7 +237,8 @@ def banned_ids(item: ScheduledRequest) -> list[int]:
     if num_outputs < p.min_tokens:
         banned += request.eos_token_ids
         banned += p.stop_token_ids or ()
-    # A request with bad words is never planned ahead (`needs_host_tokens`), so all its tokens are known here.
+    # A request with bad words is never planned ahead (`needs_host_tokens`), so all its tokens are
+    # known here.
     for word in p.bad_word_ids or ():
         prefix = word[:-1]
         outputs = request.token_ids[request.num_prompt_tokens :]

@@ -18,7 +18,8 @@ class Bucket:
 
 
 def build_buckets(compile_config: CompileConfig, scheduler: SchedulerConfig) -> tuple[Bucket, ...]:
-    """Decode buckets (one token a sequence, powers of two) and mixed buckets (every sequence, growing by four).
+    """Decode buckets (one token a sequence, powers of two) and mixed buckets (every sequence,
+    growing by four).
 
     The largest mixed bucket is the scheduler's token budget, so that every plan has a bucket.
     """

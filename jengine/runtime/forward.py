@@ -1,4 +1,4 @@
-"""One text through the live module, outside the engine's cache: for notebooks, tests and scoring."""
+"""One text through the live module, outside the engine's cache: for notebooks and tests."""
 
 from collections.abc import Callable
 

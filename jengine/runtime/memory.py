@@ -1,4 +1,6 @@
-"""The memory plan: what every part takes, from the compiler's own figures, and how many pages are left for KV."""
+"""The memory plan: what every part takes, from the compiler's own figures, and how many pages are
+left for KV.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,9 @@ class ExecutableMemory:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device. The peak holds two steps' outputs, since a step is dispatched before the last is read."""
+    """Bytes on one device. The peak holds two steps' outputs, since a step is dispatched before the
+    last is read.
+    """
 
     parameters: int
     kv_cache: int
@@ -86,8 +90,9 @@ def plan_pages(
 ) -> tuple[int, ...]:
     """Pages of each group's pool, the null page included.
 
-    Groups share the bytes in proportion to what one request of `max_model_len` holds in each, so that no group
-    runs out long before another. Raises `ValueError` when not even one such request fits.
+    Groups share the bytes in proportion to what one request of `max_model_len` holds in each, so
+    that no group runs out long before another. Raises `ValueError` when not even one such request
+    fits.
     """
     needs = [group.max_pages(max_model_len, max_chunk) for group in groups]
     if cache.num_pages is not None:
@@ -100,8 +105,8 @@ def plan_pages(
     requests = (available - null_bytes) / request_bytes
     if requests < 1:
         raise ValueError(
-            f"the KV cache has {available:,} bytes but one request of max_model_len={max_model_len} needs "
-            f"{request_bytes + null_bytes:,}: lower max_model_len or give kv_cache_memory_bytes"
+            f"the KV cache has {available:,} bytes but one request of "
+            f"max_model_len={max_model_len} needs {request_bytes + null_bytes:,}: lower max_model_len or give kv_cache_memory_bytes"
         )
     return tuple(int(need * requests) + 1 for need in needs)
 

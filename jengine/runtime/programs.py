@@ -1,4 +1,6 @@
-"""The executables of one runner: a step for each bucket, `score` and `set_row`. Compiled ahead, kept on disk."""
+"""The executables of one runner: a step for each bucket, `score` and `set_row`. Compiled ahead,
+kept on disk.
+"""
 
 import logging
 import threading
@@ -45,7 +47,9 @@ class Programs:
         self.num_late = 0
 
     def warm_up(self, threads: int, progress: Callable[[str], None]) -> None:
-        """Prepare everything, largest first: the longest compilation should not be the last to start."""
+        """Prepare everything, largest first: the longest compilation should not be the last to
+        start.
+        """
         started = time.perf_counter()
         names = [*sorted(self._layouts, key=_size_of_name, reverse=True), SCORE, SET_ROW]
         with ThreadPoolExecutor(threads) as pool:
@@ -89,9 +93,7 @@ class Programs:
         self._ready[name] = self._store.get(name, structure, compile_)
         return name
 
-    def _program(
-        self, name: str
-    ) -> tuple[Callable[..., Any], Sequence[str], tuple[Any, ...], Any]:
+    def _program(self, name: str) -> tuple[Callable[..., Any], Sequence[str], tuple[Any, ...], Any]:
         """(function, donated arguments, abstract arguments, a tree shaped like the result)."""
         scores = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
         if name == SCORE:

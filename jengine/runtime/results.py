@@ -14,24 +14,23 @@ from jengine.runtime.step import StepOutput
 def read_logprobs(
     output: StepOutput, scheduled: Sequence[ScheduledRequest], ids: Sequence[int], num_top: int
 ) -> list[TokenLogprobs | None] | None:
-    """Log-probabilities of sampled tokens, one entry per scheduled request, or None if nobody asked."""
-    wanted = [
-        item.request.sampling.logprobs if item.samples else None for item in scheduled
-    ]
+    """Log-probabilities of sampled tokens, one entry per scheduled request, or None if nobody
+    asked.
+    """
+    wanted = [item.request.sampling.logprobs if item.samples else None for item in scheduled]
     if all(count is None for count in wanted):
         return None
     table = _HostTable(output.logprobs, output.logits, num_top)
     return [
-        None if count is None else table.entry(s, ids[s], count)
-        for s, count in enumerate(wanted)
+        None if count is None else table.entry(s, ids[s], count) for s, count in enumerate(wanted)
     ]
 
 
 class PromptScorer:
     """Log-probabilities of prompt tokens, from the hidden states that a step leaves behind.
 
-    A separate program, so that the step never computes logits for a whole prompt; it runs only for requests with
-    `prompt_logprobs`.
+    A separate program, so that the step never computes logits for a whole prompt; it runs only for
+    requests with `prompt_logprobs`.
     """
 
     def __init__(self, programs: Programs, leaves: tuple[jax.Array, ...], num_top: int) -> None:
@@ -42,7 +41,9 @@ class PromptScorer:
     def read(
         self, hidden: jax.Array, scheduled: Sequence[ScheduledRequest]
     ) -> list[list[TokenLogprobs] | None] | None:
-        """For each request that asked: one entry per prompt token predicted by this step's positions."""
+        """For each request that asked: one entry per prompt token predicted by this step's
+        positions.
+        """
         if all(item.request.sampling.prompt_logprobs is None for item in scheduled):
             return None
         hidden_TD = np.asarray(hidden)
@@ -50,7 +51,9 @@ class PromptScorer:
         first = 0
         for item in scheduled:
             count = item.request.sampling.prompt_logprobs
-            targets = item.request.prompt_token_ids[item.start + 1 : item.start + item.num_tokens + 1]
+            targets = item.request.prompt_token_ids[
+                item.start + 1 : item.start + item.num_tokens + 1
+            ]
             if count is None:
                 results.append(None)
             else:
@@ -75,7 +78,7 @@ class PromptScorer:
 
 
 class _HostTable:
-    """Host view of `Logprobs`; whole-vocabulary rows are made from the logits only when asked for."""
+    """Host view of `Logprobs`; whole-vocabulary rows are made from logits when asked for."""
 
     def __init__(self, scores: Logprobs, logits: jax.Array, num_top: int) -> None:
         self._chosen, self._rank = np.asarray(scores.chosen), np.asarray(scores.rank)

@@ -25,7 +25,9 @@ from jengine.runtime.programs import SET_ROW, Programs
 from jengine.runtime.results import PromptScorer, read_logprobs
 from jengine.runtime.step import KV, StepOutput, StepSpec, build_step
 
-DEFAULT_TOP = 20  # log-probabilities computed in the step; more are made from the logits on the host
+DEFAULT_TOP = (
+    20  # log-probabilities computed in the step; more are made from the logits on the host
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,11 +52,11 @@ class ModelRunner:
         self.vocab_size: int = loaded.cfg.vocab_size
         self.param_paths = tuple(abstract_parameters(loaded.module))
         self.leaves = tuple(loaded.parameters[path] for path in self.param_paths)
-        self.groups = build_groups(
-            type(loaded.module).kv_specs(loaded.cfg), config.cache.page_size
-        )
+        self.groups = build_groups(type(loaded.module).kv_specs(loaded.cfg), config.cache.page_size)
         graphdef, state = nnx.split(loaded.module)
-        num_top = min(config.max_logprobs if config.max_logprobs > 0 else DEFAULT_TOP, self.vocab_size)
+        num_top = min(
+            config.max_logprobs if config.max_logprobs > 0 else DEFAULT_TOP, self.vocab_size
+        )
         self.spec = StepSpec(graphdef, jax.tree.structure(state), self.groups, num_top)
         self.buckets = build_buckets(config.compile, config.scheduler)
         self.num_pages = self._plan_pages()
@@ -195,7 +197,9 @@ class ModelRunner:
         )
 
     def _set_row(self, item: ScheduledRequest) -> None:
-        """Set the tables of a request that uses penalties or bias. Its tokens are all known when it is admitted."""
+        """Set the tables of a request that uses penalties or bias. Its tokens are all known when it
+        is admitted.
+        """
         request, p = item.request, item.request.sampling
         counts = np.bincount(request.output_token_ids, minlength=self.vocab_size).astype(np.int32)
         prompt_mask = np.zeros(self.vocab_size, np.bool_)
@@ -207,9 +211,7 @@ class ModelRunner:
             bias[p.allowed_token_ids] = 0.0
         for token_id, value in (p.logit_bias or {}).items():
             bias[token_id] += value
-        self.rows = self.programs[SET_ROW](
-            self.rows, np.int32(item.row), counts, prompt_mask, bias
-        )
+        self.rows = self.programs[SET_ROW](self.rows, np.int32(item.row), counts, prompt_mask, bias)
 
 
 def _num_bytes(tree: Any) -> int:

@@ -1,4 +1,4 @@
-"""The pure step function: embedding, layers, logits, sampling and log-probabilities in one program."""
+"""The pure step function: embedding, layers, logits, sampling, logprobs in one program."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,7 +14,6 @@ from jengine.layers.linear import logits as head_logits
 from jengine.layers.sampling import (
     Logprobs,
     RowState,
-    SamplingInputs,
     count_sampled,
     logprobs,
     sample,
@@ -27,7 +26,9 @@ KV = tuple[jax.Array, ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What stays on the device until it is asked for. `sampled` is copied to the host after every step."""
+    """What stays on the device until it is asked for. `sampled` is copied to the host after every
+    step.
+    """
 
     sampled: jax.Array  # i32[2, S]: token ids; 1 where the row's logits are finite
     logprobs: Logprobs
@@ -57,7 +58,9 @@ class StepSpec:
 def build_step(
     spec: StepSpec, layout: BatchLayout
 ) -> Callable[..., tuple[KV, RowState, StepOutput]]:
-    """The step for one bucket: `step(params, kv, rows, packed) -> (kv, rows, StepOutput)`; donates kv and rows."""
+    """The step for one bucket: `step(params, kv, rows, packed) -> (kv, rows, StepOutput)`; donates
+    kv and rows.
+    """
 
     def step(
         params: tuple[jax.Array, ...], kv: KV, rows: RowState, packed: jax.Array
@@ -100,7 +103,9 @@ def attention_metadata(
 
 
 def build_score(spec: StepSpec) -> Callable[..., tuple[Logprobs, jax.Array]]:
-    """`score(params, hidden [R, D], targets i32[R]) -> (Logprobs, logits f32[R, V])`: prompt log-probabilities."""
+    """`score(params, hidden [R, D], targets i32[R]) -> (Logprobs, logits f32[R, V])`: prompt
+    log-probabilities.
+    """
 
     def score(
         params: tuple[jax.Array, ...], hidden_RD: jax.Array, targets_R: jax.Array

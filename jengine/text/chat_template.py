@@ -18,7 +18,10 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.parser import Parser
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from jengine.errors import InvalidRequestError
 from jengine.text.messages import CONTENT, normalise_messages, normalise_tools
@@ -200,7 +203,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
 
-    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
@@ -226,7 +229,7 @@ class _ClosedNamespace(Namespace):
     @staticmethod
     def _check(name: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"a namespace cannot hold {name!r}")
+            raise SecurityError(f"a namespace cannot hold {name!r}")
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -257,13 +260,15 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
 
-class _WrapConcat(jinja2.visitor.NodeTransformer):
+class _WrapConcat(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         return _wrap(self.generic_visit(node), "bounded_text")
 
 
 def _wrap(node: nodes.Node, filter_name: str) -> nodes.Filter:
-    return nodes.Filter(node, filter_name, [], [], None, None).set_lineno(node.lineno)
+    wrapped = nodes.Filter(node, filter_name, [], [], None, None)
+    wrapped.set_lineno(node.lineno)
+    return wrapped
 
 
 def _raise_exception(message: str) -> None:

@@ -177,10 +177,10 @@ def _add_bos_eos(
         "bos_token": metadata.get("tokenizer.ggml.add_bos_token", bos_by_default),
         "eos_token": metadata.get("tokenizer.ggml.add_eos_token", False),
     }
-    bos, eos = (specials.get(name) if wanted else None for name, wanted in adds.items())
-    if bos is None and eos is None:
-        return
-    backend.post_processor = TemplateProcessing(
-        single=[*filter(None, [bos]), "$A", *filter(None, [eos])],
-        special_tokens=[(token, backend.token_to_id(token)) for token in {bos, eos} - {None}],
-    )
+    added = {name: token for name, token in specials.items() if adds.get(name)}
+    if added:
+        bos, eos = added.get("bos_token"), added.get("eos_token")
+        backend.post_processor = TemplateProcessing(
+            single=[*filter(None, [bos]), "$A", *filter(None, [eos])],
+            special_tokens=[(token, backend.token_to_id(token)) for token in set(added.values())],
+        )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jengine.pallas_kernels import native
 
+TARGET = "jengine_kv_write"
 DTYPES = ("bfloat16", "float32")
 
 
@@ -19,7 +20,7 @@ def kv_write(
         raise NotImplementedError(f"{kv_pages_PB2KH.dtype} pages, {k_TKH.dtype} keys, {v_TKH.dtype} values")
     native.require()
     call = jax.ffi.ffi_call(
-        "jengine_kv_write",
+        TARGET,
         jax.ShapeDtypeStruct(kv_pages_PB2KH.shape, kv_pages_PB2KH.dtype),
         input_output_aliases={0: 0},
     )

@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 
 from jengine.pallas_kernels import native
 
+TARGET = "jengine_linear"
 DTYPES = (("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float32", "float32"))  # (x, w)
 
 
@@ -26,5 +27,5 @@ def linear(
     native.require()
     bias = jnp.zeros((0,), jnp.float32) if bias_F is None else bias_F.astype(jnp.float32)
     rows = jnp.asarray(T if num_tokens is None else num_tokens, jnp.int32).reshape(1)
-    call = jax.ffi.ffi_call("jengine_linear", jax.ShapeDtypeStruct((T, F), out_dtype))
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((T, F), out_dtype))
     return call(x_TD, w_FD, bias, rows)

@@ -20,7 +20,8 @@ from jengine.config import cache_root
 SOURCES = Path(__file__).parent / "src"
 LIBRARY_NAME = "libjengine_cpu.so"
 # fp-contract: the portable path relies on a*b+c becoming one fused multiply-add everywhere, for equal bits.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread", "-w")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread", "-w")
+NATIVE = "-march=native"
 COMPILE_TIMEOUT_S = 300
 
 
@@ -36,7 +37,7 @@ def find_compiler() -> str | None:
 def library_path(compiler: str) -> Path:
     """Where the library for this compiler, CPU, jaxlib and these sources lies, built or not."""
     digest = hashlib.sha256()
-    for part in (_run([compiler, "--version"]), jaxlib.__version__, _cpu_description(), " ".join(FLAGS)):
+    for part in (_run([compiler, "--version"]), jaxlib.__version__, _cpu_description(), " ".join((*FLAGS, NATIVE))):
         digest.update(part.encode() + b"\0")
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
@@ -55,19 +56,20 @@ def build_library() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.parent / "lock"):
             if not target.exists():
-                _compile(compiler, target)
+                compile_library(compiler, target, NATIVE)
     except OSError as error:
         raise NativeBuildError(f"cannot write {target.parent}: {error}") from error
     return target
 
 
-def _compile(compiler: str, target: Path) -> None:
+def compile_library(compiler: str, target: Path, machine: str) -> None:
+    """Compile for the machine that the compiler flag `machine` names, into `target`."""
     sources = sorted(SOURCES.glob("*.cc"))
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
         include = f"-I{jax.ffi.include_dir()}"
         commands = [
-            [compiler, *FLAGS, include, "-c", str(source), "-o", str(out)]
+            [compiler, *FLAGS, machine, include, "-c", str(source), "-o", str(out)]
             for source, out in zip(sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

@@ -13,7 +13,8 @@ from jengine.pallas_kernels.native.build import NativeBuildError, build_library,
 
 logger = logging.getLogger(__name__)
 
-TARGETS = ("jengine_linear", "jengine_kv_write", "jengine_ragged_paged_attention", "jengine_argmax_rows")
+PREFIX = "jengine_"
+OPERATIONS = ("linear", "kv_write", "ragged_paged_attention", "argmax_rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,19 @@ def status() -> NativeStatus:
         return NativeStatus(False, None, "disabled by JENGINE_NATIVE=0")
     try:
         path = build_library()
-        library = ctypes.CDLL(str(path))
+        register(path, PREFIX)
     except (NativeBuildError, OSError) as error:
         logger.warning("CPU kernels in C++ are not available, plain JAX takes their place (slower): %s", error)
         return NativeStatus(False, None, str(error))
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return NativeStatus(True, path, None)
+
+
+def register(path: Path, prefix: str) -> None:
+    """Load a library and register its handlers as `prefix` + operation."""
+    library = ctypes.CDLL(str(path))
+    for operation in OPERATIONS:
+        handler = jax.ffi.pycapsule(getattr(library, PREFIX + operation))
+        jax.ffi.register_ffi_target(prefix + operation, handler, platform="cpu")
 
 
 def is_available() -> bool:

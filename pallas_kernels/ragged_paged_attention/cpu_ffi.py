@@ -6,6 +6,7 @@ import numpy as np
 
 from jengine.pallas_kernels import native
 
+TARGET = "jengine_ragged_paged_attention"
 DTYPES = ("bfloat16", "float32")
 MAX_HEAD_DIM = 256
 LANES = 16
@@ -31,7 +32,7 @@ def ragged_paged_attention(
         raise NotImplementedError(f"head dim {H}: must be a multiple of {LANES} up to {MAX_HEAD_DIM}")
     native.require()
     sinks = jnp.zeros((0,), jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32)
-    call = jax.ffi.ffi_call("jengine_ragged_paged_attention", jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype))
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype))
     return call(
         q_TNH,
         kv_pages_PB2KH,

@@ -127,13 +127,17 @@ CASES = {
     "bias": SamplingParams(temperature=1.0, logit_bias={5: 4.0, 6: -100.0}),
     "allowed": SamplingParams(temperature=1.0, allowed_token_ids=[3, 4, 5, 50]),
     "min_tokens": SamplingParams(temperature=1.0, min_tokens=9, stop_token_ids=[10]),
-    "bad_words": SamplingParams(temperature=1.0, bad_word_ids=[[7], [22, 9], [21, 22, 11], [4, 12]]),
+    "bad_words": SamplingParams(
+        temperature=1.0, bad_word_ids=[[7], [22, 9], [21, 22, 11], [4, 12]]
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_draws_follow_the_oracle_distribution(name: str) -> None:
-    """4,000 seeded draws per case; total variation within what that many draws of the oracle would show."""
+    """4,000 seeded draws per case; total variation within what that many draws of the oracle would
+    show.
+    """
     params, prompt, output = CASES[name], [5, 8, 13], [21, 21, 22]
     logits = random_logits(1, seed=3)
     logits[0, [1, 2, 10, 7, 9, 11]] += 4.0  # tokens the bans must catch
@@ -155,11 +159,13 @@ def test_draws_follow_the_oracle_distribution(name: str) -> None:
 
 def test_a_draw_does_not_depend_on_its_neighbours() -> None:
     logits = random_logits(8, seed=11)
-    rows = [Row(SamplingParams(temperature=1.0, top_p=0.9), [3], [4], seed=i * 31) for i in range(8)]
+    rows = [
+        Row(SamplingParams(temperature=1.0, top_p=0.9), [3], [4], seed=i * 31) for i in range(8)
+    ]
     together, _, _ = run(rows, logits)
     alone = [run([rows[i]], logits[i : i + 1])[0][0] for i in range(8)]
     assert together.tolist() == alone
-    other, _, _ = run([Row(SamplingParams(temperature=0), [3], [])] + rows[1:], logits)
+    other, _, _ = run([Row(SamplingParams(temperature=0), [3], []), *rows[1:]], logits)
     assert other[1:].tolist() == together[1:].tolist()
 
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from jengine.layers.param import ParamInfo
+from jengine.layers.param import Initializer, ParamInfo
 from jengine.loading import dummy
 from jengine.loading.dummy import dummy_parameters
 
 
-def info(*shape: int, dtype: str = "float32", init: str = "normal") -> ParamInfo:
+def info(*shape: int, dtype: str = "float32", init: Initializer = "normal") -> ParamInfo:
     return ParamInfo(shape, dtype, (None,) * len(shape), init)
 
 

@@ -13,7 +13,7 @@ from jengine.errors import LoadError
 from jengine.layers.param import ParamInfo, abstract_parameters
 from jengine.loading.checkpoint import Checkpoint, open_checkpoint
 from jengine.loading.dummy import dummy_parameters
-from jengine.loading.rules import load_parameters
+from jengine.loading.rules import WeightTable, load_parameters
 from jengine.models.llama import LlamaForCausalLM
 from tests.oracles.gguf_files import QuantType, write_llama_gguf
 from tests.oracles.tiny_llama import make_tiny_llama
@@ -32,7 +32,7 @@ def load(path: Path, dtype: str = "float32") -> dict[str, np.ndarray]:
     return load_parameters(checkpoint.tensors, table, abstract, lambda path, value: value)
 
 
-def declare(checkpoint: Checkpoint, dtype: str) -> tuple[object, Mapping[str, ParamInfo]]:
+def declare(checkpoint: Checkpoint, dtype: str) -> tuple[WeightTable, Mapping[str, ParamInfo]]:
     cfg = LlamaForCausalLM.config_class.from_hf(
         checkpoint.hf_config, dtype=dtype, kv_dtype=dtype, max_model_len=64
     )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jengine.errors import LoadError
-from jengine.layers.param import ParamInfo
+from jengine.layers.param import Initializer, ParamInfo
 from jengine.loading import rules
 from jengine.loading.arrays import ALIGNMENT, aligned_empty, cast_into
 from jengine.loading.rules import WeightRule, WeightTable, load_parameters
@@ -42,7 +42,7 @@ def keep(path: str, value: np.ndarray) -> np.ndarray:
     return value
 
 
-def info(*shape: int, dtype: str = "float32", init: str = "normal") -> ParamInfo:
+def info(*shape: int, dtype: str = "float32", init: Initializer = "normal") -> ParamInfo:
     return ParamInfo(shape, dtype, (None,) * len(shape), init)
 
 

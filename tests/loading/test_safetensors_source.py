@@ -134,8 +134,8 @@ print((peak - start) / loaded["single"].nbytes)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_beyond_the_result_stays_below_one_tensor(tmp_path: Path, dtype: str) -> None:
     rows, columns = 4096, 4096
-    value = np.ones((rows, columns), ml_dtypes.bfloat16)
-    write(tmp_path, a=value[: rows // 2], b=2 * value[rows // 2 :], c=3 * value)
+    whole, half = (np.empty((n, columns), ml_dtypes.bfloat16) for n in (rows, rows // 2))
+    write(tmp_path, a=np.full_like(half, 1), b=np.full_like(half, 2), c=np.full_like(whole, 3))
     code = MEASURE.format(shape=(rows, columns), dtype=dtype, folder=str(tmp_path))
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False

@@ -1,4 +1,6 @@
-"""Llama against Hugging Face transformers in float32: every configuration switch, every way to cut the text."""
+"""Llama against Hugging Face transformers in float32: every configuration switch, every way to cut
+the text.
+"""
 
 import copy
 from pathlib import Path
@@ -98,7 +100,9 @@ def test_a_permuted_weight_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["Mistral", "Ministral"])
 def test_sliding_windows_match_transformers(family: str, tmp_path: Path) -> None:
     """One window for all layers, and windows that alternate with full attention (two KV groups)."""
-    options: dict[str, Any] = dict(family=family, sliding_window=20, num_hidden_layers=4, head_dim=16)
+    options: dict[str, Any] = dict(
+        family=family, sliding_window=20, num_hidden_layers=4, head_dim=16
+    )
     if family == "Ministral":
         options["layer_types"] = ["sliding_attention", "full_attention"] * 2
     hf_model = make_tiny_llama(tmp_path, **options)
@@ -120,7 +124,7 @@ def test_sliding_windows_match_transformers(family: str, tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_gguf: Path):
-    """(transformers model, engine driver) of the demo model, both float32 from the same GGUF file."""
+    """(transformers model, engine driver) of the demo model, float32 from the same GGUF file."""
     transformers = pytest.importorskip("transformers")
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
@@ -133,7 +137,7 @@ def smollm2(smollm2_gguf: Path):
 
 
 def test_smollm2_logits_match_transformers(smollm2) -> None:
-    """The oracle runs in float64 here: in float32 its own rounding (7e-5) is most of the tolerance."""
+    """The oracle runs in float64 here: in float32 its own rounding (9e-5) is most of it."""
     hf_model, driver = smollm2
     tokenizer = driver.loaded.checkpoint.load_tokenizer()
     token_ids = tokenizer.encode(" ".join(SENTENCES))[:200]
@@ -143,8 +147,8 @@ def test_smollm2_logits_match_transformers(smollm2) -> None:
 
 
 def test_smollm2_greedy_tokens_match_transformers(smollm2) -> None:
-    """32 prompts x 64 tokens, batched here. There, one pass over each whole text: if every token is the argmax after
-    the tokens before it, greedy decoding gives exactly these tokens."""
+    """32 prompts x 64 tokens, batched here. There, one pass over each whole text: if every token is
+    the argmax after the tokens before it, greedy decoding gives exactly these tokens."""
     hf_model, driver = smollm2
     tokenizer = driver.loaded.checkpoint.load_tokenizer()
     prompts = [tokenizer.encode(f"{SENTENCES[i % 8]} {STARTS[i // 8]}") for i in range(32)]

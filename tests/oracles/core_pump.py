@@ -1,4 +1,4 @@
-"""An EngineCore turned by hand in the test's own thread: every interleaving is the test's choice."""
+"""An EngineCore turned by hand in the test's own thread: the test chooses the interleaving."""
 
 import time
 from collections import defaultdict

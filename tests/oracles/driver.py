@@ -1,4 +1,6 @@
-"""Drives the real scheduler and runner without a front end, so that tests see logits and choose every chunk."""
+"""Drives the real scheduler and runner without a front end, so that tests see logits and choose
+every chunk.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +38,9 @@ class Driver:
         self.scheduler = Scheduler(self.config.scheduler, kv, self.runner.max_model_len)
 
     def logits(self, token_ids: Sequence[int], chunks: Sequence[int]) -> np.ndarray:
-        """float32 [len(token_ids), V]: logits of every position, the text given in `chunks` (sizes)."""
+        """float32 [len(token_ids), V]: logits of every position, the text given in `chunks`
+        (sizes).
+        """
         pages = -(-len(token_ids) // self.config.cache.page_size)
         tables = tuple(list(range(1, pages + 1)) for _ in self.runner.groups)
         request = Request("teacher", list(token_ids), SamplingParams(temperature=0))

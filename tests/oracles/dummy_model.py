@@ -1,4 +1,4 @@
-"""A model that needs no weights: config.json only, parameters drawn by the engine's dummy loader."""
+"""A model without weights: config.json only, parameters drawn by the dummy loader."""
 
 import json
 from pathlib import Path

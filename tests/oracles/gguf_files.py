@@ -8,13 +8,14 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from gguf.constants import GGUFValueType
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
+from transformers import PreTrainedModel
 
 from tests.oracles.tiny_llama import BOS, CHAT_TEMPLATE, EOS, PAD, train_tiny_tokenizer
 
 QuantType = gguf.GGMLQuantizationType
+NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 100)
 NORMAL_TOKEN, CONTROL_TOKEN = 1, 3
 
 
@@ -52,13 +53,13 @@ def random_blocks(
 
 
 def write_llama_gguf(
-    path: Path, model: torch.nn.Module, kind: gguf.GGMLQuantizationType = QuantType.F32
+    path: Path, model: PreTrainedModel, kind: gguf.GGMLQuantizationType = QuantType.F32
 ) -> dict[str, np.ndarray]:
     """Convert a transformers Llama as llama.cpp's converter does, with the tiny tokenizer.
 
     Returns what each tensor holds in Hugging Face's naming and order of rows, after quantisation.
     """
-    config = model.config
+    config: Any = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     tensors, expected = {}, {}
     for name, value in model.state_dict().items():
@@ -70,7 +71,7 @@ def write_llama_gguf(
         stored = array if num_heads is None else permute(array, num_heads)
         data = quantize(stored, stored_as)
         tensors[gguf_name(name)] = (data, stored_as)
-        values = gguf.quants.dequantize(data, stored_as)
+        values = dequantize(data, stored_as)
         expected[name] = values if num_heads is None else undo_permute(values, num_heads)
     metadata = llama_metadata(config)
     rope = config.rope_parameters
@@ -162,8 +163,7 @@ def llama3_divisors(config: Any) -> np.ndarray:
 
 def gguf_name(name: str) -> str:
     """Hugging Face's tensor name -> GGUF's, by the library's own table."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 100)
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    found = NAMES.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise KeyError(name)
     return found

@@ -1,4 +1,6 @@
-"""Float64 oracle of the sampler: sorts, in the order of operations of vLLM 0.22. Ties of a threshold are all kept."""
+"""Float64 oracle of the sampler: sorts, in the order of operations of vLLM 0.22. Ties of a
+threshold are all kept.
+"""
 
 import numpy as np
 
@@ -17,7 +19,9 @@ def adjusted_logits(
         x[token] += value
     x[banned] = -np.inf
     for token in set(prompt) | set(output):
-        x[token] = x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
+        x[token] = (
+            x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
+        )
     for token in set(output):
         x[token] -= p.frequency_penalty * output.count(token) + p.presence_penalty
     return x

@@ -1,4 +1,6 @@
-"""The engine's promises on a tiny model: same tokens as one request at a time, nothing compiles, nothing is copied."""
+"""The engine's promises on a tiny model: same tokens as one request at a time, nothing compiles,
+nothing is copied.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -130,7 +132,9 @@ def test_nothing_compiles_after_warm_up(pump: CorePump) -> None:
         for count in (1, 2, 3, 4):
             for length in (1, 5, 30, 70):
                 for i in range(count):
-                    params = PARAMS[(count + length + i) % len(PARAMS)].clone(logprobs=i, max_tokens=5)
+                    params = PARAMS[(count + length + i) % len(PARAMS)].clone(
+                        logprobs=i, max_tokens=5
+                    )
                     pump.submit(f"{count}-{length}-{i}", _tokens(i, length), params)
                 pump.drain()
         scored = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=3, logprobs=-1)
@@ -146,7 +150,9 @@ def test_nothing_compiles_after_warm_up(pump: CorePump) -> None:
 
 
 def test_kv_is_aliased_in_place(pump: CorePump) -> None:
-    """Every bucket updates all KV bytes and the row state where they lie, and holds no second copy of them."""
+    """Every bucket updates all KV bytes and the row state where they lie, and holds no second copy
+    of them.
+    """
     runner = pump.core.runner
     kv_bytes = sum(x.nbytes for x in runner.kv)
     row_bytes = sum(x.nbytes for x in jax.tree.leaves(runner.rows))
@@ -165,7 +171,9 @@ def test_kv_is_aliased_in_place(pump: CorePump) -> None:
 def test_prompt_and_sampled_logprobs_match_a_teacher_forced_pass(pump: CorePump) -> None:
     runner = pump.core.runner
     prompt = _tokens(9, 70)
-    params = SamplingParams(temperature=0, max_tokens=6, logprobs=4, prompt_logprobs=-1, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0, max_tokens=6, logprobs=4, prompt_logprobs=-1, ignore_eos=True
+    )
     pump.submit("lp", prompt, params)
     pump.drain()
     outputs = pump.outputs()["lp"]
@@ -192,7 +200,9 @@ def test_prompt_and_sampled_logprobs_match_a_teacher_forced_pass(pump: CorePump)
 
 
 def test_nan_in_one_request_ends_that_request_only(pump: CorePump) -> None:
-    """A parameter row of NaN reached by one token: the request that uses it fails, its neighbour does not notice."""
+    """A parameter row of NaN reached by one token: the request that uses it fails, its neighbour
+    does not notice.
+    """
     runner = pump.core.runner
     pump.drain()
     pump.core.scheduler.reset_prefix_cache()

@@ -1,4 +1,4 @@
-"""/v1/chat/completions on the echo core. The echo template renders "[role]content...[assistant]"."""
+"""/v1/chat/completions on the echo core, whose template renders "[role]content...[assistant]"."""
 
 from typing import Any
 

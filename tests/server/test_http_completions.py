@@ -89,7 +89,8 @@ def test_echo_with_logprobs_covers_the_prompt(server: RunningServer) -> None:
     assert logprobs["token_logprobs"][0] is None
     assert logprobs["top_logprobs"][0] is None
     assert logprobs["token_logprobs"][1:] == [-0.5] * 4
-    # The echo core's best candidate is "a" (or "b" where "a" was chosen); the chosen one is always listed.
+    # The echo core's best candidate is "a" (or "b" where "a" was chosen); the chosen one is always
+    # listed.
     assert logprobs["top_logprobs"][1] == {"a": -0.25, "b": -0.5}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.harness import RunningServer, echo_server, events, get, post
+from tests.server.harness import RunningServer, echo_server, events, get, post, wait_for
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "hi"}]
@@ -112,9 +112,7 @@ def test_what_is_not_json(server: RunningServer, body: bytes) -> None:
     assert answer["error"]["param"] == "body"
 
 
-@pytest.mark.parametrize(
-    "headers", [{"content-type": "text/plain"}, {"content-encoding": "gzip"}]
-)
+@pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-encoding": "gzip"}])
 def test_other_media_types(server: RunningServer, headers: dict[str, str]) -> None:
     assert post(server.http + COMPLETIONS, {"prompt": "a"}, headers)[0] == 415
 
@@ -162,8 +160,7 @@ def test_duplicate_request_id(slow_server: RunningServer) -> None:
     thread = threading.Thread(target=post, args=(slow_server.http + COMPLETIONS, body))
     thread.start()
     try:
-        while "cmpl-twice" not in slow_server.utility("running"):
-            pass
+        wait_for(lambda: slow_server.utility("running"), 5.0)
         status, answer, _ = post(slow_server.http + COMPLETIONS, body)
         assert (status, answer["error"]["type"]) == (409, "ConflictError")
     finally:
@@ -171,14 +168,11 @@ def test_duplicate_request_id(slow_server: RunningServer) -> None:
 
 
 def test_full_queue(echo_model: Path) -> None:
-    with echo_server(
-        echo_model, behaviour={"step_seconds": 0.01}, max_num_waiting=1
-    ) as server:
+    with echo_server(echo_model, behaviour={"step_seconds": 0.01}, max_num_waiting=1) as server:
         body = {"prompt": "a", "max_tokens": 100}
         thread = threading.Thread(target=post, args=(server.http + COMPLETIONS, body))
         thread.start()
-        while not server.utility("running"):
-            pass
+        wait_for(lambda: server.utility("running"), 5.0)
         status, answer, headers = post(server.http + COMPLETIONS, {**body, "stream": True})
         assert (status, answer["error"]["type"]) == (429, "RateLimitError")
         assert headers["retry-after"] == "1"

@@ -70,5 +70,5 @@ def test_a_key_covers_every_route(echo_model: Path) -> None:
         for key in ("sesame", "other"):
             header = {"authorization": f"Bearer {key}"}
             assert get(server.http + "/v1/models", header)[0] == 200
-        status, text = get(server.http + "/v1/models")
+        _, text = get(server.http + "/v1/models")
         assert json.loads(text)["error"]["type"] == "AuthenticationError"

@@ -1,5 +1,6 @@
 """Our proto file: commented throughout, compiled stubs up to date, runtimes that fit together."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from jengine.server.proto import engine_pb2
 
 REPO = Path(__file__).resolve().parents[2]
 PROTO = REPO / "server" / "proto" / "engine.proto"
+SOURCE = "jengine/server/proto/engine.proto"  # through the symlink: it is part of the stubs
 GENERATED = ("engine_pb2.py", "engine_pb2.pyi", "engine_pb2_grpc.py")
 
 # A declaration that people read: message, enum, service, rpc, oneof, field or enum value.
@@ -27,7 +29,7 @@ def test_every_declaration_has_a_comment_above_it() -> None:
     lines = PROTO.read_text().splitlines()
     bare = [
         line.strip()
-        for above, line in zip(lines, lines[1:], strict=False)
+        for above, line in itertools.pairwise(lines)
         if DECLARATION.match(line)
         and not line.startswith(("syntax", "package"))
         and not above.strip().startswith("//")
@@ -42,9 +44,7 @@ def test_the_pattern_sees_declarations() -> None:
     enums = [enum for message in messages for enum in message.enum_types]
     expected = sum(1 + len(m.fields) for m in messages)
     expected += sum(1 + len(enum.values) for enum in enums)
-    expected += sum(
-        len([o for o in m.oneofs if not o.name.startswith("_")]) for m in messages
-    )
+    expected += sum(len([o for o in m.oneofs if not o.name.startswith("_")]) for m in messages)
     service = engine_pb2.DESCRIPTOR.services_by_name["Inference"]
     expected += 1 + len(service.methods)
     assert len(found) == expected
@@ -59,8 +59,7 @@ def test_regenerating_gives_the_committed_stubs(tmp_path: Path) -> None:
         pytest.skip(f"stubs were made with grpcio-tools {match[1]}")
     out = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", "-I.", *out]
-        + ["jengine/server/proto/engine.proto"],
+        [sys.executable, "-m", "grpc_tools.protoc", "-I.", *out, SOURCE],
         cwd=REPO,
         check=True,
     )

@@ -65,7 +65,9 @@ def oracle() -> PreTrainedTokenizerFast:
 
 
 def expected(oracle: PreTrainedTokenizerFast, template: str, messages: list, **options: Any) -> str:
-    return oracle.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+    text = oracle.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+    assert isinstance(text, str)
+    return text
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)

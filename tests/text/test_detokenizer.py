@@ -2,6 +2,7 @@
 
 import codecs
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,15 @@ FAST = PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL.backend, eos_token=EO
 IDS = st.lists(st.integers(0, VOCAB_SIZE + 3), max_size=30)  # some beyond the vocabulary
 
 
-def stream(tokenizer: Tokenizer, ids: list[int], step: int = 1, **options: bool) -> list[str]:
-    detokenizer = IncrementalDetokenizer(tokenizer, options.pop("prompt", []), **options)
+def stream(
+    tokenizer: Tokenizer,
+    ids: list[int],
+    step: int = 1,
+    *,
+    prompt: Sequence[int] = (),
+    skip_special_tokens: bool = True,
+) -> list[str]:
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip_special_tokens=skip_special_tokens)
     out = [detokenizer.add(ids[i : i + step]) for i in range(0, len(ids), step)]
     return [*out, detokenizer.finish()]
 

@@ -46,27 +46,35 @@ class Worker {
         max_(max_rows),
         sum_(max_rows * kLanes) {}
 
-  // `next` is fetched into the cache meanwhile, or null.
+  // `next` is the item after, or null: its first block is fetched into the cache meanwhile.
   void run(const Item& item, const Item* next) {
     const Range range = range_of(item);
     position_ = range.position;
     rows_ = item.count * group_;
     load_queries(item);
+    locate(here_, item, range, range.begin / kBlock * kBlock);
     for (int64_t block = range.begin / kBlock * kBlock; block < range.end; block += kBlock) {
       const int panels = static_cast<int>((std::min<int64_t>(kBlock, range.end - block) + kLanes - 1) / kLanes);
+      there_.count = 0;
       if (block + kBlock < range.end) {
-        fetch(item, range, block + kBlock);
+        locate(there_, item, range, block + kBlock);
       } else if (next) {
         const Range then = range_of(*next);
-        fetch(*next, then, then.begin / kBlock * kBlock);
+        locate(there_, *next, then, then.begin / kBlock * kBlock);
       }
+      fetched_ = 0;
+      const int share = (there_.count + 3 * item.num_heads - 1) / (3 * item.num_heads);
       for (int head = 0; head < item.num_heads; ++head) {
         first_row_ = head * rows_;
-        pack(item.seq, item.head + head, block, range, panels);
+        pack(head, panels);
+        fetch(share);
         score(panels);
+        fetch(share);
         for (int r = 0; r < rows_; ++r) softmax(r, block, panels);
         accumulate(panels);
+        fetch(share);
       }
+      std::swap(here_, there_);
     }
     store_output(item);
   }
@@ -98,38 +106,54 @@ class Worker {
     std::fill_n(out_.get(), item.num_heads * rows_ * H, 0.0f);
   }
 
-  // The key of one position; the value lies kv_heads x head_dim elements further.
-  const KV* entry(int seq, int64_t head, int64_t at) const {
-    const int64_t page = a_.page_table[seq * a_.pages_per_seq + at / a_.page_size];
-    const int64_t slot = std::clamp<int64_t>(page, 0, a_.num_pages - 1) * a_.page_size + at % a_.page_size;
-    return a_.pages + (slot * 2 * a_.kv_heads + head) * a_.head_dim;
+  // Where a block's positions lie: the key of the item's first head, or null outside the range. Values lie
+  // kv_heads x head_dim elements further.
+  struct Block {
+    const KV* key[kBlock];
+    int count;      // positions up to the end of the range
+    int num_heads;  // to fetch
+  };
+
+  void locate(Block& out, const Item& item, const Range& range, int64_t block) const {
+    const int32_t* table = a_.page_table + item.seq * a_.pages_per_seq;
+    const int64_t entry = 2 * a_.kv_heads * a_.head_dim;
+    out.count = static_cast<int>(std::min<int64_t>(kBlock, range.end - block));
+    out.num_heads = item.num_heads;
+    std::fill_n(out.key, kBlock, nullptr);
+    int64_t at = std::max(block, range.begin);
+    while (at < block + out.count) {
+      const int64_t page = std::clamp<int64_t>(table[at / a_.page_size], 0, a_.num_pages - 1);
+      const int64_t offset = at % a_.page_size, stop = std::min(block + out.count, at + a_.page_size - offset);
+      const KV* key = a_.pages + (page * a_.page_size + offset) * entry + item.head * a_.head_dim;
+      for (; at < stop; ++at, key += entry) out.key[at - block] = key;
+    }
   }
 
-  void fetch(const Item& item, const Range& range, int64_t block) const {
-    const int64_t bytes = item.num_heads * a_.head_dim * sizeof(KV), value = a_.kv_heads * a_.head_dim;
-    for (int64_t at = std::max(block, range.begin); at < std::min<int64_t>(block + kBlock, range.end); ++at) {
-      const KV* key = entry(item.seq, item.head, at);
+  // Prefetches the next `count` positions of the block that comes after. In small portions between the stages: at once
+  // they would fill the core's miss queue, and the arithmetic would wait for them.
+  void fetch(int count) {
+    const int64_t bytes = there_.num_heads * a_.head_dim * sizeof(KV), value = a_.kv_heads * a_.head_dim;
+    for (const int end = std::min(there_.count, fetched_ + count); fetched_ < end; ++fetched_) {
+      const KV* key = there_.key[fetched_];
+      if (!key) continue;
       prefetch(reinterpret_cast<const char*>(key), bytes);
       prefetch(reinterpret_cast<const char*>(key + value), bytes);
     }
   }
 
   // Positions outside the range are not read (their pages may hold anything): they pack as zeros.
-  void pack(int seq, int64_t head, int64_t block, const Range& range, int panels) {
+  void pack(int head, int panels) {
     alignas(64) static constexpr float kZeros[kMaxHeadDim] = {};
-    const int64_t H = a_.head_dim;
-    const KV* key[kBlock];
-    const KV* value[kBlock];
-    for (int i = 0; i < panels * kLanes; ++i) {
-      const int64_t at = block + i;
-      const bool is_inside = at >= range.begin && at < range.end;
-      key[i] = is_inside ? entry(seq, head, at) : reinterpret_cast<const KV*>(kZeros);
-      value[i] = is_inside ? key[i] + a_.kv_heads * H : key[i];
-    }
+    const int64_t H = a_.head_dim, words = H / kE;
+    const auto row = [&](int i, int64_t offset) {
+      const KV* key = here_.key[i];
+      return key ? key + head * H + offset : reinterpret_cast<const KV*>(kZeros);
+    };
     for (int n = 0; n < panels; ++n) {
-      pack_rows<Words, KV>(&keys_[n * kLanes * (H / kE)], kLanes, H, [&](int i) { return key[n * kLanes + i]; });
+      pack_rows<Words, KV>(&keys_[n * kLanes * words], kLanes, H, [&](int i) { return row(n * kLanes + i, 0); });
     }
-    pack_columns<Words, KV>(values_.get(), kBlock * kLanes / kE, panels * kLanes, H, [&](int i) { return value[i]; });
+    const int64_t value = a_.kv_heads * H;
+    pack_columns<Words, KV>(values_.get(), kBlock * kLanes / kE, panels * kLanes, H, [&](int i) { return row(i, value); });
   }
 
   void score(int panels) {
@@ -208,6 +232,8 @@ class Worker {
   int64_t position_ = 0;  // of the item's first query
   int rows_ = 0;          // of each kv head: tokens x group
   int first_row_ = 0;     // of the kv head at work
+  int fetched_ = 0;       // positions of `there_`
+  Block here_, there_;
   const Buffer<E> q_, p_;
   const Buffer<uint32_t> keys_, values_;
   const Buffer<float> scores_, out_, max_, sum_;

@@ -103,11 +103,9 @@ inline void pack_rows(uint32_t* panel, int num_rows, int64_t count, const Row& r
       __m512i r[kLanes];
       load_block(r, [&](int i) { return base[i]; }, k, words);
       const int64_t columns = std::min<int64_t>(kLanes, words - k);
-      if (columns == kLanes) {
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j) _mm512_storeu_si512(panel + (k + j) * kLanes, r[j]);
-      } else {
-        for (int64_t j = 0; j < columns; ++j) _mm512_storeu_si512(panel + (k + j) * kLanes, r[j]);
+      for (int j = 0; j < kLanes; ++j) {  // constant indices keep r in registers
+        if (j < columns) _mm512_storeu_si512(panel + (k + j) * kLanes, r[j]);
       }
     }
     return;
@@ -124,7 +122,7 @@ inline void pack_rows(uint32_t* panel, int num_rows, int64_t count, const Row& r
 }
 
 // Packs the transpose: the reduction axis runs over `num_rows` rows, outputs over their elements [0, count), count a
-// multiple of sixteen. `row(i)` may be null: zeros. Panels are `panel_stride` words apart.
+// multiple of sixteen. `row(i)` is never null. Panels are `panel_stride` words apart.
 template <class Words, class T, class Row>
 inline void pack_columns(uint32_t* panels, int64_t panel_stride, int num_rows, int64_t count, const Row& row) {
   using E = typename Words::Element;

@@ -1,0 +1,51 @@
+"""`kv_write` against numpy assignment, and that it works in the donated pages."""
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jengine.pallas_kernels.kv_write.cases import CASES, Case
+
+OPERATION = "kv_write"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_assignment(backend: ModuleType, case: Case) -> None:
+    pages, k, v, slots = case.build()
+    pages, k, v = pages.astype(case.page_dtype), k.astype(case.new_dtype), v.astype(case.new_dtype)
+    expected = pages.copy().reshape(-1, *pages.shape[2:])
+    for t in range(case.num_tokens):
+        if slots[t] >= 0:
+            expected[slots[t]] = np.stack([k[t], v[t]]).astype(case.page_dtype)
+    write = jax.jit(backend.kv_write, donate_argnums=0)
+    out = write(jnp.asarray(pages), k, v, slots, np.int32(case.num_tokens))
+    np.testing.assert_array_equal(np.asarray(out), expected.reshape(pages.shape))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_donated_pages_are_updated_in_place(backend: ModuleType, dtype: str) -> None:
+    pages = jnp.zeros((256, 16, 2, 3, 64), dtype)
+    _, k, v, slots = Case(8, 8, num_pages=256, page_dtype=dtype).build()
+
+    def two_layers(first: jax.Array, second: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return backend.kv_write(first, k, v, slots, n), backend.kv_write(second, k, v, slots, n)
+
+    compiled = jax.jit(two_layers, donate_argnums=(0, 1)).lower(pages, pages, jnp.int32(8)).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == 2 * pages.nbytes
+    assert memory.temp_size_in_bytes < pages.nbytes / 4
+    shape = "bf16[256" if dtype == "bfloat16" else "f32[256"
+    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and shape in line]
+    assert not copies
+
+
+def test_slots_outside_the_pages_are_refused_or_dropped(backend: ModuleType) -> None:
+    """A slot past the end must never write somewhere else than at the end's own page."""
+    pages, k, v, _ = Case(2, 2, num_pages=2, new_dtype="float32", page_dtype="float32").build()
+    slots = np.array([-7, 3], np.int32)
+    out = np.asarray(backend.kv_write(jnp.asarray(pages), k, v, slots, np.int32(2)))
+    changed = np.flatnonzero((out != pages).reshape(32, -1).any(axis=1))
+    assert changed.tolist() == [3]

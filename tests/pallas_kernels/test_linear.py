@@ -1,0 +1,69 @@
+"""`linear` against float64, and the independence of a row's bits from its batch."""
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jengine.pallas_kernels.linear.cases import CASES, Case
+
+OPERATION = "linear"
+EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
+ROW_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 31, 64, 100)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_float64(backend: ModuleType, case: Case) -> None:
+    x, w, bias = case.build()
+    x, w = x.astype(case.x_dtype), w.astype(case.w_dtype)
+    out = jax.jit(backend.linear, static_argnames="out_dtype")(x, w, bias, out_dtype=case.out_dtype)
+    expected = x.astype(np.float64) @ w.astype(np.float64).T + (0.0 if bias is None else bias)
+    assert out.dtype == case.out_dtype
+    tolerance = 4 * EPS["float32"] * case.depth + EPS[case.out_dtype] * np.abs(expected)
+    assert np.all(np.abs(np.asarray(out, np.float64) - expected) <= tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("depth", "outputs"), [(576, 100), (1536, 64), (90, 33)])
+def test_bits_of_a_row_do_not_depend_on_the_batch(
+    backend: ModuleType, dtype: str, depth: int, outputs: int
+) -> None:
+    x, w, _ = Case(128, depth, outputs).build()
+    x, w = x.astype(dtype), w.astype(dtype)
+    call = jax.jit(backend.linear)
+    whole = np.asarray(call(x, w))
+    for rows in ROW_COUNTS:
+        for first in (0, 128 - rows):
+            part = np.asarray(call(x[first : first + rows], w))
+            np.testing.assert_array_equal(part, whole[first : first + rows], err_msg=f"{rows} rows from {first}")
+
+
+def test_padding_rows_are_finite_and_touch_nothing(backend: ModuleType) -> None:
+    x, w, bias = Case(24, 64, 40, has_bias=True).build()
+    whole = np.asarray(backend.linear(x, w, bias))
+    for num_tokens in (0, 1, 5, 20, 24):
+        out = np.asarray(backend.linear(x, w, bias, num_tokens=jnp.int32(num_tokens)))
+        np.testing.assert_array_equal(out[:num_tokens], whole[:num_tokens])
+        assert np.isfinite(out).all()
+
+
+def test_special_values(backend: ModuleType) -> None:
+    x = np.zeros((3, 32), ml_dtypes.bfloat16)
+    x[0, 3], x[1, 5] = np.nan, np.inf
+    w = np.ones((20, 32), ml_dtypes.bfloat16)
+    out = np.asarray(backend.linear(x, w), np.float32)
+    assert np.isnan(out[0]).all()
+    assert np.isposinf(out[1]).all()
+    assert (out[2] == 0).all()
+
+
+def test_other_dtypes_are_left_to_the_reference() -> None:
+    from jengine.pallas_kernels.linear import cpu_ffi, linear
+
+    x, w = jnp.ones((2, 8), jnp.float16), jnp.ones((4, 8), jnp.float16)
+    with pytest.raises(NotImplementedError):
+        cpu_ffi.linear(x, w)
+    np.testing.assert_array_equal(np.asarray(linear(x, w)), 8.0)
