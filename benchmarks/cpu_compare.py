@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,8 @@ PEERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--peers", type=Path, help="folder that peers/setup.sh filled")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of a case in a row")
+    parser.add_argument("--rounds", type=int, default=1, help="times that all engines take turns")
     parser.add_argument("--output", type=Path, help="also write everything as JSON here")
     args = parser.parse_args()
     gguf = pull("smollm2-135m")
@@ -45,11 +47,13 @@ def main() -> None:
                 commands[name] = (python, file, format_)
             else:
                 print(f"{name}: no environment, left out", file=sys.stderr)
-        results = {
-            name: measure(python, file, models[format_], work / f"{name}.json", args.repeats)
-            for name, (python, file, format_) in commands.items()
-        }
-    measured = {name: result for name, result in results.items() if result is not None}
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+        for _ in range(args.rounds):
+            for name, (python, file, format_) in commands.items():
+                output = work / f"{name}.json"
+                if result := measure(python, file, models[format_], output, args.repeats):
+                    rounds[name].append(result)
+    measured = {name: merge(results) for name, results in rounds.items() if results}
     print(table(measured))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +76,15 @@ def measure(
         print(f"{file} failed", file=sys.stderr)
         return None
     return json.loads(output.read_text())
+
+
+def merge(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """One engine's rounds as one result: all runs of a case, and their median."""
+    merged = {}
+    for case in rounds[0]["results"]:
+        runs = [speed for result in rounds for speed in result["results"][case]["runs"]]
+        merged[case] = {"median": round(statistics.median(runs), 1), "runs": runs}
+    return {**rounds[0], "results": merged}
 
 
 def script(python: str, file: str, *arguments: str) -> int:

@@ -322,19 +322,26 @@ class AsyncEngine:
     # --- from the core
 
     def _on_messages(self, messages: list[FromCore]) -> None:
-        for message in messages:
-            match message:
-                case StepOutputs():
-                    self._on_outputs(message)
-                case UtilityResult():
-                    future = self._calls.get(message.call_id)
-                    if future is not None and not future.done():
-                        future.set_result(message)
-                case CoreReady():
-                    if not self._greeting.done():
-                        self._greeting.set_result(message)
-                case CoreDead():
-                    self._die(message.error)
+        try:
+            for message in messages:
+                self._on_message(message)
+        except Exception as error:  # the last line of defence: no reader may be left waiting
+            logger.exception("the front end failed on a message of the core")
+            self._die(f"the front end failed: {type(error).__name__}: {error}")
+
+    def _on_message(self, message: FromCore) -> None:
+        match message:
+            case StepOutputs():
+                self._on_outputs(message)
+            case UtilityResult():
+                future = self._calls.get(message.call_id)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case CoreReady():
+                if not self._greeting.done():
+                    self._greeting.set_result(message)
+            case CoreDead():
+                self._die(message.error)
 
     def _on_outputs(self, message: StepOutputs) -> None:
         self.stats = message.stats

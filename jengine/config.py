@@ -123,7 +123,8 @@ class EngineConfig:
             raise ValueError(
                 "max_num_batched_tokens "
                 f"({self.scheduler.max_num_batched_tokens}) must be at least "
-                f"max_num_seqs ({self.scheduler.max_num_seqs}): a decode step holds one token of each"
+                f"max_num_seqs ({self.scheduler.max_num_seqs}): "
+                "a decode step holds one token of each"
             )
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ValueError("gpu_memory_utilization must be in (0, 1]")

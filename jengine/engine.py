@@ -105,7 +105,8 @@ class EngineCore:
         if kv.max_request_tokens(max_chunk) < self.runner.max_model_len - 1:
             raise ValueError(
                 f"the KV cache holds {kv.max_request_tokens(max_chunk)} tokens of one request, "
-                f"fewer than max_model_len={self.runner.max_model_len}: lower max_model_len or give it more memory"
+                f"fewer than max_model_len={self.runner.max_model_len}: "
+                "lower max_model_len or give it more memory"
             )
         self.scheduler = Scheduler(self._config.scheduler, kv, self.runner.max_model_len)
         self.runner.warm_up(log.info)

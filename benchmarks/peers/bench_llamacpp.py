@@ -1,6 +1,7 @@
 """llama.cpp through llama-cpp-python's C bindings: its `Llama` class knows only batch 1."""
 
 import argparse
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import harness
 import llama_cpp
 import numpy as np
 
+SILENT = llama_cpp.llama_log_callback(lambda level, text, user_data: None)  # thousands of lines
+
 
 def build(args: argparse.Namespace) -> tuple[harness.Generate, dict[str, Any]]:
+    llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(
         args.model.encode(), llama_cpp.llama_model_default_params()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (safetensors makes bfloat16 arrays only once it is imported)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -12,7 +13,7 @@ from jengine.errors import LoadError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = ("F64", "F32", "F16", "BF16")  # bf16 arrives as ml_dtypes.bfloat16
+DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsSource:

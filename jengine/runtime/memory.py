@@ -106,7 +106,8 @@ def plan_pages(
     if requests < 1:
         raise ValueError(
             f"the KV cache has {available:,} bytes but one request of "
-            f"max_model_len={max_model_len} needs {request_bytes + null_bytes:,}: lower max_model_len or give kv_cache_memory_bytes"
+            f"max_model_len={max_model_len} needs {request_bytes + null_bytes:,}: "
+            "lower max_model_len or give kv_cache_memory_bytes"
         )
     return tuple(int(need * requests) + 1 for need in needs)
 

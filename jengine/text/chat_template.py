@@ -26,13 +26,9 @@ from jinja2.visitor import NodeTransformer
 from jengine.errors import InvalidRequestError
 from jengine.text.messages import CONTENT, normalise_messages, normalise_tools
 
-MAX_TURNS = (
-    1_000_000  # of all loops and calls together; the longest real conversations need some thousands
-)
+MAX_TURNS = 500_000  # of all loops and calls together; long conversations need some thousands
 MAX_CHARS = 32 << 20  # of the prompt, and of any string computed on the way
-CONTINUE_TAG = (
-    "CONTINUE_FINAL_MESSAGE_TAG "  # the space shows whether the template strips the message
-)
+CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # its space shows whether the template strips messages
 
 # What code in a template can raise. Their texts ("can only concatenate str...") are the template
 # author's clue.

@@ -36,6 +36,18 @@ def test_reads_values_and_row_slices(tmp_path: Path, dtype: type) -> None:
     assert source.read("bias", slice(1, 3)).tobytes() == value[1:3, 0, 0].tobytes()
 
 
+def test_reads_bfloat16_in_a_process_that_imported_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, x=np.full(3, 1.5, ml_dtypes.bfloat16))
+    code = (
+        "from pathlib import Path; from jengine.loading.safetensors_source import SafetensorsSource; "
+        f"print(SafetensorsSource(Path({str(tmp_path)!r})).read('x').astype(float))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert run.stdout.strip() == "[1.5 1.5 1.5]", run.stderr
+
+
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
 def test_equals_the_transformers_model(tmp_path: Path, shard_size: str) -> None:
     model = make_tiny_llama(tmp_path, max_shard_size=shard_size)

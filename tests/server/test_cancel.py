@@ -108,7 +108,6 @@ def test_many_streams_with_random_cancels(slow_server: RunningServer) -> None:
         slow_server.wait_idle()
         assert finished == [20] * len(finished)
         assert len(finished) >= leave_after.count(None)
-        assert slow_server.engine.num_open_requests == 0
         started = time.monotonic()
         list(client.generate("ab", max_tokens=1))
         assert time.monotonic() - started < 1.0

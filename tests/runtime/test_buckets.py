@@ -1,0 +1,43 @@
+"""Every plan has a bucket, and the cheapest one is picked."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jengine.config import CompileConfig, SchedulerConfig
+from jengine.runtime.buckets import Bucket, build_buckets, pick_bucket, powers_of_two
+
+
+def test_default_table() -> None:
+    scheduler = SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=1024)
+    assert [str(b) for b in build_buckets(CompileConfig(), scheduler)] == [
+        "1x1", "2x2", "4x4", "8x8", "16x16", "32x32", "64x64",
+        "256x4", "256x64", "1024x4", "1024x64",
+    ]  # fmt: skip
+
+
+def test_powers_of_two_end_with_the_limit() -> None:
+    assert powers_of_two(1) == (1,)
+    assert powers_of_two(48) == (1, 2, 4, 8, 16, 32, 48)
+
+
+@given(st.integers(1, 300), st.integers(0, 2000), st.data())
+def test_every_plan_has_a_bucket(max_num_seqs: int, extra: int, data: st.DataObject) -> None:
+    budget = max_num_seqs + extra
+    scheduler = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    buckets = build_buckets(CompileConfig(), scheduler)
+    num_seqs = data.draw(st.integers(1, max_num_seqs))
+    num_tokens = data.draw(st.integers(num_seqs, budget))
+    picked = pick_bucket(buckets, num_tokens, num_seqs)
+    fits = [b for b in buckets if b.num_tokens >= num_tokens and b.num_seqs >= num_seqs]
+    assert picked == min(fits)
+    if num_tokens == num_seqs:  # decode: at most twice the work
+        assert picked.num_tokens < 2 * num_tokens or num_tokens == 1
+
+
+def test_buckets_that_miss_a_plan_are_refused() -> None:
+    scheduler = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
+    with pytest.raises(ValueError, match="max_num_batched_tokens"):
+        build_buckets(CompileConfig(prefill_buckets=(32,)), scheduler)
+    with pytest.raises(ValueError, match="no bucket"):
+        pick_bucket((Bucket(8, 8),), 9, 1)
