@@ -93,7 +93,7 @@ class EngineCore:
         """Load the model, prepare every executable, report `CoreReady`."""
         started = time.perf_counter()
         device = jax.devices()[0]
-        loaded = load_model(self._config, device, log.debug)
+        loaded = load_model(self._config, device)
         self.runner = ModelRunner(self._config, loaded, device)
         kv = KVManager(
             self.runner.groups,
@@ -109,7 +109,7 @@ class EngineCore:
                 "lower max_model_len or give it more memory"
             )
         self.scheduler = Scheduler(self._config.scheduler, kv, self.runner.max_model_len)
-        self.runner.warm_up(log.info)
+        self.runner.warm_up()
         plan = self.runner.memory_plan()
         self._emit(
             CoreReady(

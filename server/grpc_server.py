@@ -31,7 +31,8 @@ class GrpcServer:
         self._server = grpc.aio.server(
             interceptors=interceptors, options=channel_options(settings.max_grpc_message_bytes)
         )
-        self._health = health.aio.HealthServicer()
+        # pyright: ignore[reportAttributeAccessIssue]
+        self._health: Any = health.aio.HealthServicer()
         engine_pb2_grpc.add_InferenceServicer_to_server(
             inference_service.InferenceService(state), self._server
         )
@@ -74,9 +75,9 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Any:
         handler = await continuation(handler_call_details)
         details: Any = handler_call_details
         if handler is None or details.method.startswith(HEALTH_PREFIX):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 import grpc
@@ -172,7 +172,7 @@ class InferenceService(engine_pb2_grpc.InferenceServicer):
         text: str | None,
         sampling: SamplingParams,
         endpoint: str,
-    ) -> AsyncIterator[engine_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[engine_pb2.GenerateResponse, None]:
         request_id = request.request_id or new_request_id("req-")
         submission = Submission(
             request_id=check_request_id(request_id),

@@ -130,18 +130,7 @@ def prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None] | None
     """
     if output.prompt_logprobs is None:
         return None
-    return [
-        position
-        and {
-            str(token_id): {
-                "logprob": _finite(value.logprob),
-                "rank": value.rank,
-                "decoded_token": value.decoded_token,
-            }
-            for token_id, value in position.items()
-        }
-        for position in output.prompt_logprobs
-    ]
+    return [None if p is None else _prompt_position(p) for p in output.prompt_logprobs]
 
 
 def stop_fields(completion: CompletionOutput) -> dict[str, Any]:
@@ -156,6 +145,17 @@ def _chat_logprob(
         "token": text_of(token_id),
         "logprob": _finite(value.logprob),
         "bytes": list(bytes_of(token_id)),
+    }
+
+
+def _prompt_position(position: PositionLogprobs) -> dict[str, Any]:
+    return {
+        str(token_id): {
+            "logprob": _finite(value.logprob),
+            "rank": value.rank,
+            "decoded_token": value.decoded_token,
+        }
+        for token_id, value in position.items()
     }
 
 

@@ -9,9 +9,9 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
 from jengine.errors import JengineError
+from jengine.input_processor import TokensPrompt
 from jengine.outputs import RequestOutput
 from jengine.request import RequestOutputKind, SamplingParams
 from jengine.server.metrics import ServerMetrics
@@ -41,7 +41,7 @@ async def tracked(
     step.
     """
     engine = state.serving_engine()
-    prompt: dict[str, Any] = {"prompt_token_ids": submission.prompt_token_ids}
+    prompt = TokensPrompt(prompt_token_ids=submission.prompt_token_ids)
     if submission.prompt is not None:
         prompt["prompt"] = submission.prompt
     record = RequestRecord(submission)

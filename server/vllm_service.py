@@ -53,8 +53,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             if request.WhichOneof("input") == "tokenized":
                 ids = list(request.tokenized.input_ids)
             elif request.WhichOneof("input") == "text":
+                ids = await engine.encode(request.text)
                 text = request.text
-                ids = await engine.encode(text)
             else:
                 raise InvalidRequestError("input", "set tokenized or text")
             submission = Submission(

@@ -3,12 +3,12 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from jengine.config import EngineConfig
 from jengine.errors import LoadError
@@ -35,15 +35,11 @@ class LoadedModel:
     max_model_len: int
 
 
-def load_model(
-    config: EngineConfig,
-    device: jax.Device,
-    progress: Callable[[str], None] = lambda message: None,
-) -> LoadedModel:
+def load_model(config: EngineConfig, device: jax.Device) -> LoadedModel:
     """Open the checkpoint, declare the module, read its parameters onto `device`."""
     started = time.perf_counter()
     checkpoint = open_checkpoint(config.model)
-    hf = {**checkpoint.hf_config, **config.model.hf_overrides}
+    hf = checkpoint.hf_config
     architecture, model_class = resolve_architecture(hf)
     max_model_len = resolve_max_model_len(hf, config.model.max_model_len)
     dtype = resolve_dtype(hf, config.model.dtype)
@@ -55,14 +51,20 @@ def load_model(
     abstract = abstract_parameters(module)
 
     def put(path: str, value: np.ndarray) -> jax.Array:
-        progress(f"weights: {path}")
+        del path
         return jax.device_put(value, device)
 
-    if checkpoint.tensors is None:
-        parameters = dummy_parameters(abstract, config.model.seed, put)
-    else:
-        table = model_class.weight_table(cfg, checkpoint.dialect)
-        parameters = load_parameters(checkpoint.tensors, table, abstract, put)
+    with tqdm(desc="weights", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        if checkpoint.tensors is None:
+            parameters = dummy_parameters(abstract, config.model.seed, put, progress)
+        else:
+            table = model_class.weight_table(cfg, checkpoint.dialect)
+            parameters = load_parameters(checkpoint.tensors, table, abstract, put, progress)
     log.info("%s loaded in %.1f s", architecture, time.perf_counter() - started)
     return LoadedModel(checkpoint, architecture, cfg, module, parameters, max_model_len)
 

@@ -2,6 +2,7 @@
 kept on disk.
 """
 
+import collections
 import logging
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from jengine.layers.sampling import Logprobs, RowState
 from jengine.runtime.aot import ExecutableStore
@@ -46,15 +48,17 @@ class Programs:
         self._is_warm = False
         self.num_late = 0
 
-    def warm_up(self, threads: int, progress: Callable[[str], None]) -> None:
+    def warm_up(self, threads: int) -> None:
         """Prepare everything, largest first: the longest compilation should not be the last to
         start.
         """
         started = time.perf_counter()
         names = [*sorted(self._layouts, key=_size_of_name, reverse=True), SCORE, SET_ROW]
         with ThreadPoolExecutor(threads) as pool:
-            for done, name in enumerate(pool.map(self._prepare, names), 1):
-                progress(f"executables: {done}/{len(names)} ({name})")
+            prepared = pool.map(self._prepare, names)
+            collections.deque(
+                tqdm(prepared, "executables", len(names), leave=False, disable=None), maxlen=0
+            )
         self._is_warm = True
         log.info(
             "%d executables ready in %.1f s (%d compiled)",

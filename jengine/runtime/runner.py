@@ -75,9 +75,9 @@ class ModelRunner:
         self._scorer = PromptScorer(self.programs, self.leaves, num_top)
         self._forward = jax.jit(build_forward(self.spec))
 
-    def warm_up(self, progress: Callable[[str], None] = lambda message: None) -> None:
+    def warm_up(self) -> None:
         """Load or compile every executable, in threads. After this nothing compiles."""
-        self.programs.warm_up(self.config.compile.compile_threads, progress)
+        self.programs.warm_up(self.config.compile.compile_threads)
 
     def dispatch(self, plan: StepPlan) -> StepHandle:
         """Start a step and return at once. Steps run on the device in dispatch order."""

@@ -21,7 +21,7 @@ def linear(
     del num_tokens  # padding rows are computed like the rest
     T = x_TD.shape[0]
     out_dtype = x_TD.dtype if out_dtype is None else out_dtype
-    dtype = jnp.promote_types(x_TD.dtype, w_FD.dtype)
+    dtype = x_TD.dtype if x_TD.dtype == w_FD.dtype else jnp.float32
     x_TD = jnp.pad(x_TD, ((0, max(0, MIN_ROWS - T)), (0, 0)))
     y_TF = lax.dot_general(
         x_TD.astype(dtype),

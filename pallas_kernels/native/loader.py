@@ -14,7 +14,7 @@ from jengine.pallas_kernels.native.build import NativeBuildError, build_library,
 logger = logging.getLogger(__name__)
 
 PREFIX = "jengine_"
-OPERATIONS = ("linear", "kv_write", "ragged_paged_attention", "argmax_rows")
+OPERATIONS = ("linear", "kv_write", "ragged_paged_attention", "argmax_rows", "rms_norm")
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,8 @@ def test_reads_values_and_row_slices(tmp_path: Path, dtype: type) -> None:
 def test_reads_bfloat16_in_a_process_that_imported_nothing_else(tmp_path: Path) -> None:
     write(tmp_path, x=np.full(3, 1.5, ml_dtypes.bfloat16))
     code = (
-        "from pathlib import Path; from jengine.loading.safetensors_source import SafetensorsSource; "
+        "from pathlib import Path\n"
+        "from jengine.loading.safetensors_source import SafetensorsSource\n"
         f"print(SafetensorsSource(Path({str(tmp_path)!r})).read('x').astype(float))"
     )
     run = subprocess.run(

@@ -28,7 +28,7 @@ def test_equals_assignment(backend: ModuleType, case: Case) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_donated_pages_are_updated_in_place(backend: ModuleType, dtype: str) -> None:
     pages = jnp.zeros((256, 16, 2, 3, 64), dtype)
-    _, k, v, slots = Case(8, 8, num_pages=256, page_dtype=dtype).build()
+    k, v, slots = map(jnp.asarray, Case(8, 8, num_pages=256, page_dtype=dtype).build()[1:])
 
     def two_layers(first: jax.Array, second: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
         return backend.kv_write(first, k, v, slots, n), backend.kv_write(second, k, v, slots, n)
@@ -42,10 +42,9 @@ def test_donated_pages_are_updated_in_place(backend: ModuleType, dtype: str) -> 
     assert not copies
 
 
-def test_slots_outside_the_pages_are_refused_or_dropped(backend: ModuleType) -> None:
-    """A slot past the end must never write somewhere else than at the end's own page."""
+def test_any_negative_slot_is_dropped(backend: ModuleType) -> None:
     pages, k, v, _ = Case(2, 2, num_pages=2, new_dtype="float32", page_dtype="float32").build()
-    slots = np.array([-7, 3], np.int32)
-    out = np.asarray(backend.kv_write(jnp.asarray(pages), k, v, slots, np.int32(2)))
+    slots = jnp.array([-7, 3], jnp.int32)
+    out = np.asarray(jax.jit(backend.kv_write)(pages, k, v, slots, np.int32(2)))
     changed = np.flatnonzero((out != pages).reshape(32, -1).any(axis=1))
     assert changed.tolist() == [3]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.routing import Route
@@ -28,7 +29,7 @@ def test_tokenize_and_back(server: RunningServer) -> None:
 
 
 def test_tokenize_a_conversation(server: RunningServer) -> None:
-    body = {"messages": [{"role": "user", "content": "x"}]}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
     assert post(server.http + "/tokenize", body)[1]["tokens"] == list(b"[user]x[assistant]")
     body["add_generation_prompt"] = False
     assert post(server.http + "/tokenize", body)[1]["tokens"] == list(b"[user]x")

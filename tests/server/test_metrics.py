@@ -1,10 +1,11 @@
 """/metrics: vLLM's names and labels, and figures that add up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from prometheus_client import parser
+from prometheus_client.core import Metric
 
 from jengine.client import Client
 from jengine.protocol import EngineStats
@@ -68,7 +69,7 @@ class Scrape:
         status, text = get(server.http + "/metrics")
         assert status == 200
         self.families = {family.name: family for family in _parse(text)}
-        self.samples = {
+        self.samples: dict[tuple[str, ...], float] = {
             (sample.name, *(v for k, v in sorted(sample.labels.items()) if k not in ENGINE)): (
                 sample.value
             )
@@ -157,5 +158,5 @@ def test_throughput_meter_approaches_the_rate() -> None:
     assert meter.tokens_per_second == pytest.approx(50, rel=1e-3)
 
 
-def _parse(text: str) -> Iterator:
+def _parse(text: str) -> Iterable[Metric]:
     return parser.text_string_to_metric_families(text)

@@ -60,8 +60,8 @@ ffi::Error run_linear(ffi::ThreadPool xla_pool, ffi::AnyBuffer x, ffi::AnyBuffer
   const int64_t tokens = x.dimensions()[0], depth = x.dimensions()[1], outputs = w.dimensions()[0];
   const int64_t rows = clamp(num_tokens.typed_data()[0], tokens);
   const float* b = bias.element_count() > 0 ? bias.typed_data() : nullptr;
-  std::memset(static_cast<char*>(y->untyped_data()) + y->size_bytes() / std::max<int64_t>(tokens, 1) * rows, 0,
-              y->size_bytes() / std::max<int64_t>(tokens, 1) * (tokens - rows));
+  const int64_t row_bytes = y->size_bytes() / std::max<int64_t>(tokens, 1);
+  std::memset(static_cast<char*>(y->untyped_data()) + rows * row_bytes, 0, (tokens - rows) * row_bytes);
   const Output out{y->untyped_data(), is_bf16(*y)};
   if (is_bf16(x) && is_bf16(w)) {
     linear(pool, data<bf16>(x), data<bf16>(w), b, out, rows, outputs, depth);
@@ -134,6 +134,20 @@ ffi::Error run_argmax_rows(ffi::ThreadPool xla_pool, ffi::Buffer<ffi::F32> x, ff
   return ffi::Error::Success();
 }
 
+ffi::Error run_rms_norm(ffi::ThreadPool xla_pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> weight,
+                        ffi::Buffer<ffi::S32> num_tokens, ffi::Result<ffi::AnyBuffer> y, float eps) {
+  XlaPool pool(xla_pool);
+  const int64_t width = weight.element_count(), tokens = x.dimensions()[0];
+  const int64_t rows = clamp(num_tokens.typed_data()[0], tokens);
+  const int64_t row_bytes = y->size_bytes() / std::max<int64_t>(tokens, 1);
+  std::memset(static_cast<char*>(y->untyped_data()) + rows * row_bytes, 0, (tokens - rows) * row_bytes);
+  return with_type(x, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    rms_norm(pool, data<T>(x), weight.typed_data(), eps, data<T>(*y), rows, width);
+    return ffi::Error::Success();
+  });
+}
+
 }  // namespace
 }  // namespace jengine
 
@@ -175,3 +189,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jengine_argmax_rows, jengine::run_argmax_rows,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jengine_rms_norm, jengine::run_rms_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()             // x
+                                  .Arg<ffi::Buffer<ffi::F32>>()      // weight
+                                  .Arg<ffi::Buffer<ffi::S32>>()      // num_tokens
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("eps"));

@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace jengine {
 
@@ -76,5 +77,49 @@ void argmax_rows(Pool& pool, const float* x, int32_t* out, int64_t rows, int64_t
   const int workers = rows * columns < (1 << 15) ? 1 : pool.num_threads();
   parallel_for(pool, rows, workers, [&](int64_t r) { out[r] = argmax(x + r * columns, columns); });
 }
+
+namespace {
+
+// Four interleaved sums, then a fixed tree.
+template <class T>
+float sum_of_squares(const T* x, int64_t width) {
+  v16f sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const v16f v = load(x + i + j * kLanes);
+      sum[j] = fma(v, v, sum[j]);
+    }
+  }
+  for (int j = 0; i + kLanes <= width; i += kLanes, ++j) {
+    const v16f v = load(x + i);
+    sum[j] = fma(v, v, sum[j]);
+  }
+  float rest = 0.0f;
+  for (; i < width; ++i) rest += to_float(x[i]) * to_float(x[i]);
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+}  // namespace
+
+template <class T>
+void rms_norm(Pool& pool, const T* x, const float* weight, float eps, T* y, int64_t rows, int64_t width) {
+  constexpr int64_t kUnit = 16;
+  const int workers = rows * width < (1 << 15) ? 1 : pool.num_threads();
+  parallel_for(pool, (rows + kUnit - 1) / kUnit, workers, [&](int64_t unit) {
+    for (int64_t r = unit * kUnit; r < std::min(rows, (unit + 1) * kUnit); ++r) {
+      const T* in = x + r * width;
+      T* out = y + r * width;
+      const float factor = 1.0f / std::sqrt(sum_of_squares(in, width) / static_cast<float>(width) + eps);
+      int64_t i = 0;
+      for (; i + kLanes <= width; i += kLanes) store_as(out + i, load(in + i) * splat(factor) * load(weight + i));
+      for (; i < width; ++i) out[i] = convert<T>(to_float(in[i]) * factor * weight[i]);
+    }
+  });
+}
+
+template void rms_norm(Pool&, const bf16*, const float*, float, bf16*, int64_t, int64_t);
+template void rms_norm(Pool&, const float*, const float*, float, float*, int64_t, int64_t);
 
 }  // namespace jengine

@@ -1,4 +1,4 @@
-// Operations that move or scan rows: the KV write and the arg max.
+// Operations on rows: the KV write, the arg max, the RMS norm.
 #pragma once
 
 #include <cstdint>
@@ -15,5 +15,9 @@ void kv_write(Page* pages, const New* k, const New* v, const int32_t* slots, int
 
 // First index of each row's largest value, or of its first NaN.
 void argmax_rows(Pool& pool, const float* x, int32_t* out, int64_t rows, int64_t columns);
+
+// y = x / sqrt(mean(x^2) + eps) * weight, row by row, in float32, rounded once.
+template <class T>
+void rms_norm(Pool& pool, const T* x, const float* weight, float eps, T* y, int64_t rows, int64_t width);
 
 }  // namespace jengine
