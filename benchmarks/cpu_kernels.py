@@ -22,6 +22,7 @@ from jengine.pallas_kernels.kv_write import kv_write
 from jengine.pallas_kernels.linear import cpu_ffi, linear
 from jengine.pallas_kernels.linear import reference as linear_reference
 from jengine.pallas_kernels.ragged_paged_attention import ragged_paged_attention
+from jengine.pallas_kernels.rms_norm import rms_norm
 
 EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, LAYERS, PAGE = 576, 9, 3, 64, 1536, 49152, 30, 16
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("what", choices=("linear", "step"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--only", default="", help="step: the workloads whose name holds this")
     parser.add_argument(
         "--split", action="store_true", help="step: time it without each part in turn"
     )
@@ -72,7 +74,7 @@ def main() -> None:
     if args.what == "linear":
         bench_linear(args.repeats, jnp.dtype(args.dtype))
     else:
-        bench_step(args.repeats, jnp.dtype(args.dtype), args.split)
+        bench_step(args.repeats, jnp.dtype(args.dtype), args.only, args.split)
 
 
 def bench_linear(repeats: int, dtype: jnp.dtype) -> None:
@@ -129,10 +131,10 @@ def measure(calls: Sequence[Callable[[], object]], repeats: int) -> list[Timing]
     ]
 
 
-def bench_step(repeats: int, dtype: jnp.dtype, split: bool) -> None:
+def bench_step(repeats: int, dtype: jnp.dtype, only: str, split: bool) -> None:
     params, num_bytes = build_params(dtype)
     print(f"weights {num_bytes / 1e6:.0f} MB")
-    for work in WORKLOADS:
+    for work in (work for work in WORKLOADS if only in work.name):
         variants = [frozenset(), *(frozenset({part}) for part in PARTS)] if split else [frozenset()]
         calls = []
         for skip in variants:
@@ -218,7 +220,10 @@ def model_step(
     dense = partial(linear, num_tokens=batch["num_tokens"])
     if "linear" in skip:
         dense = lambda x, w: jnp.broadcast_to(x[:, :1], (T, w.shape[0]))  # noqa: E731
-    norm = (lambda x: x) if "norm" in skip else rms_norm
+    weight = jnp.ones((EMBED,), params["embed"].dtype)
+    norm = partial(rms_norm, weight_D=weight, eps=1e-5, num_tokens=batch["num_tokens"])
+    if "norm" in skip:
+        norm = lambda x: x  # noqa: E731
     cos, sin = rope_table(batch["positions"])
     new_kv = []
     for layer, pages in zip(params["layers"], kv, strict=True):
@@ -235,17 +240,10 @@ def model_step(
         x = x + dense(q.reshape(T, EMBED), layer["o"])
         gate, up = jnp.split(dense(norm(x), layer["gate_up"]), 2, axis=1)
         x = x + dense(gate * up if "silu" in skip else jax.nn.silu(gate) * up, layer["down"])
-    last = norm(x)[batch["cu"][1:] - 1]
+    last = norm(x[batch["cu"][1:] - 1])
     if "head" in skip:
         return new_kv, last[:, 0].astype(jnp.int32)
     return new_kv, argmax_rows(linear(last, params["embed"], out_dtype=jnp.float32))
-
-
-def rms_norm(x: jax.Array) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)).astype(
-        x.dtype
-    )
 
 
 def rope_table(positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -294,9 +294,7 @@ class AsyncEngine:
             async with asyncio.timeout(timeout):
                 await self._idle.wait()
         except TimeoutError:
-            logger.warning(
-                "aborting %d requests after %.1f s of draining", len(self._streams), timeout
-            )
+            logger.warning("%d requests are aborted after draining", len(self._streams))
             for request_id in list(self._streams):
                 self._finish(request_id, FinishReason.ABORT)
 

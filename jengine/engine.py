@@ -119,6 +119,7 @@ class EngineCore:
                 max_model_len=self.runner.max_model_len,
                 vocab_size=self.runner.vocab_size,
                 memory_plan=plan.table(),
+                dtype=loaded.cfg.dtype,
                 startup_seconds=time.perf_counter() - started,
             )
         )

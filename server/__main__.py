@@ -96,7 +96,11 @@ def run_server(config: EngineConfig, settings: ServerSettings, *, in_process: bo
         return await server.run(report)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve_until_done())
+        try:
+            return runner.run(serve_until_done())
+        except OSError as error:  # a port is taken, a certificate cannot be read
+            logger.error("the server could not start: %s", error)
+            return 1
 
 
 @app.command()

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.1  # a dead core shows in health within this
 METER_SECONDS = 1.0
+STATS_SECONDS = 10.0
 FLUSH_SECONDS = 2.0  # for last messages to leave after the engine is done with them
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -139,13 +140,34 @@ class ServerApp:
 
     async def _watch(self) -> None:
         """Until a stop is requested or the core is dead."""
-        engine, next_sample = self.state.ready_engine(), 0.0
+        engine = self.state.ready_engine()
+        next_sample = next_line = time.monotonic()
+        steps_seen = 0
         while not self._stop.is_set() and not engine.is_dead:
             now = time.monotonic()
             if now >= next_sample:
                 self._meter.sample(now, engine.stats.num_generation_tokens)
                 next_sample = now + METER_SECONDS
+            if now >= next_line and engine.stats.num_steps > steps_seen:
+                steps_seen, next_line = engine.stats.num_steps, now + STATS_SECONDS
+                self._log_stats()
             await _wait(self._stop, WATCH_SECONDS)
+
+    def _log_stats(self) -> None:
+        """A line every ten seconds in which something ran."""
+        if self.state.config.disable_log_stats:
+            return
+        stats = self.state.ready_engine().stats
+        fields = {
+            "running": stats.num_running,
+            "waiting": stats.num_waiting,
+            "pages_used": stats.num_pages_used,
+            "pages_total": stats.num_pages_total,
+            "tokens_per_second": round(self._meter.tokens_per_second, 1),
+            "prefix_hit_rate": round(stats.prefix_hits / max(stats.prefix_queries, 1), 3),
+            "preemptions": stats.num_preemptions,
+        }
+        logger.info("stats", extra={"fields": fields})
 
     async def _linger(self) -> None:
         """Balancers and people get to see that the engine is dead, then the supervisor restarts the

@@ -126,6 +126,9 @@ class EngineFlags:
         int | None,
         _flag("--max-num-waiting", panel=_SCHEDULER, text="Queued requests before 429."),
     ] = None
+    disable_log_stats: Annotated[
+        bool, _flag("--disable-log-stats", panel=_SCHEDULER, text="No line of figures every 10 s.")
+    ] = False
     async_scheduling: Annotated[
         bool | None,
         _flag(

@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jengine import __version__
 from jengine.config import cache_root
 from jengine.loading.pull import PULLABLE, pulled_path
-from jengine.server.state import version
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers", "safetensors", "gguf"),
@@ -44,7 +44,7 @@ def run(output_json: Path | None) -> None:
 
 def collect() -> dict[str, Any]:
     report: dict[str, Any] = {
-        "jengine": version(),
+        "jengine": __version__,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": platform.platform(),
         "machine": platform.machine(),

@@ -31,8 +31,8 @@ class GrpcServer:
         self._server = grpc.aio.server(
             interceptors=interceptors, options=channel_options(settings.max_grpc_message_bytes)
         )
-        # pyright: ignore[reportAttributeAccessIssue]
-        self._health: Any = health.aio.HealthServicer()
+        library: Any = health  # its type stubs leave `aio` out
+        self._health = library.aio.HealthServicer()
         engine_pb2_grpc.add_InferenceServicer_to_server(
             inference_service.InferenceService(state), self._server
         )
@@ -47,13 +47,16 @@ class GrpcServer:
         self.port = 0
 
     async def start(self) -> None:
-        """Listen. Raises RuntimeError if the port is taken."""
+        """Listen. Raises OSError if the port is taken, as sockets do."""
         await self.set_serving(False)
         address = f"{bracketed(self._settings.host)}:{self._settings.grpc_port}"
-        if self._settings.ssl_certfile is None:
-            self.port = self._server.add_insecure_port(address)
-        else:
-            self.port = self._server.add_secure_port(address, credentials(self._settings))
+        try:
+            if self._settings.ssl_certfile is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, credentials(self._settings))
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from None
         await self._server.start()
 
     async def set_serving(self, serving: bool) -> None:

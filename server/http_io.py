@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -139,9 +138,5 @@ async def _disconnected(receive: Receive) -> None:
 async def _cancel(*tasks: asyncio.Future[Any]) -> None:
     """Cancel and wait, so that what the tasks hold is released before we go on."""
     for task in tasks:
-        if not task.done():
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        elif not task.cancelled():
-            task.exception()  # marks it as seen
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -16,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from jengine import __version__
 from jengine.server.http_errors import HANDLERS, error_body, json_response
 from jengine.server.http_io import CLIENT_CLOSED_REQUEST, ClientGoneError
 from jengine.server.http_middleware import CountMiddleware, KeyMiddleware, LimitMiddleware
@@ -23,7 +25,7 @@ from jengine.server.http_text import detokenize, tokenize, tokenizer_info
 from jengine.server.openai_chat import chat_completions
 from jengine.server.openai_completions import completions
 from jengine.server.settings import ServerSettings
-from jengine.server.state import ServerState, Status, version
+from jengine.server.state import ServerState, Status
 
 KEEP_ALIVE_SECONDS = 65  # longer than the idle limit of common load balancers
 GRACEFUL_SECONDS = 5  # for last bytes: requests were drained before
@@ -61,6 +63,7 @@ class HttpServer:
 
     def __init__(self, state: ServerState) -> None:
         settings = state.settings
+        self._uds = None if settings.uds is None else Path(settings.uds)
         self._socket = open_socket(settings)
         is_unix = self._socket.family == socket.AF_UNIX
         # What was drawn, for port 0; a Unix socket has none.
@@ -83,7 +86,11 @@ class HttpServer:
 
     async def serve(self) -> None:
         """Until `stop`; then until open connections are done."""
-        await self._server.serve(sockets=[self._socket])
+        try:
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            if self._uds is not None:
+                self._uds.unlink(missing_ok=True)
 
     def stop(self, *, force: bool = False) -> None:
         self._server.should_exit = True
@@ -119,7 +126,7 @@ async def health(request: Request) -> Response:
 
 
 async def show_version(request: Request) -> Response:
-    return json_response({"version": version()})
+    return json_response({"version": __version__})
 
 
 async def load(request: Request) -> Response:
@@ -139,14 +146,17 @@ async def on_client_gone(request: Request, error: Exception) -> Response:
 def open_socket(settings: ServerSettings) -> socket.socket:
     """Bound before the model loads, so that a taken port is known at once."""
     if settings.uds is not None:
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(settings.uds)
+        listener, address = socket.socket(socket.AF_UNIX), settings.uds
     else:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listener = socket.socket(family)
+        listener, address = socket.socket(family), (settings.host, settings.port)
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
-    listener.listen(BACKLOG)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
     listener.setblocking(False)
     return listener
 

@@ -9,6 +9,7 @@ from contextlib import aclosing
 
 import grpc
 
+from jengine import __version__
 from jengine.errors import InvalidRequestError
 from jengine.request import SamplingParams
 from jengine.server.grpc_errors import answered
@@ -19,7 +20,7 @@ from jengine.server.inference_convert import (
     to_template_kwargs,
 )
 from jengine.server.proto import engine_pb2, engine_pb2_grpc
-from jengine.server.state import ServerState, Status, check_request_id, new_request_id, version
+from jengine.server.state import ServerState, Status, check_request_id, new_request_id
 from jengine.server.tracking import Submission, tracked
 
 SERVICE_NAME = engine_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -136,7 +137,7 @@ class InferenceService(engine_pb2_grpc.InferenceServicer):
             engine = self._state.ready_engine()
             info, stats, config = engine.model_info, engine.stats, self._state.config
             return engine_pb2.ServerInfoResponse(
-                version=version(),
+                version=__version__,
                 model=engine_pb2.ModelDescription(
                     served_names=info.served_model_names,
                     architecture=info.architecture,

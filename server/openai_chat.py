@@ -63,6 +63,8 @@ def build_sampling(state: ServerState, body: ChatRequest, prepared: Prepared) ->
         max_tokens = body.max_tokens
     if body.truncate_prompt_tokens is None:
         openai_run.check_length(prepared, max_tokens, info.max_model_len, "messages")
+    if max_tokens is None:
+        max_tokens = info.default_sampling_params.get("max_tokens")
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     return body.build_sampling(
         info.default_sampling_params,

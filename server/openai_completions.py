@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,11 +94,10 @@ class _Run:
                 if self._body.prompt_logprobs is not None:
                     choice["prompt_logprobs"] = openai_render.prompt_logprobs(output)
                 choices.append(choice)
-        head = openai_render.ChunkWriter("", response_id, self._state.model_name)
         return {
             "id": response_id,
             "object": "text_completion",
-            "created": head.created,
+            "created": int(time.time()),
             "model": self._state.model_name,
             "choices": choices,
             "usage": counter.total(),

@@ -8,7 +8,7 @@ refused, naming the field.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -353,6 +353,3 @@ class ErrorBody(msgspec.Struct):
 
 class ErrorResponse(msgspec.Struct):
     error: ErrorBody
-
-
-FinishReasonName = Literal["stop", "length", "abort", "error"]

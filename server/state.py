@@ -8,7 +8,6 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from enum import StrEnum
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 from jengine.config import EngineConfig
@@ -107,11 +106,3 @@ def check_request_id(request_id: str, field_name: str = "request_id") -> str:
             field_name, f"must be 1 to {MAX_REQUEST_ID_LENGTH} visible ASCII characters"
         )
     return request_id
-
-
-def version() -> str:
-    """The installed package's version; a clone that was never installed has none."""
-    try:
-        return metadata.version("jengine")
-    except metadata.PackageNotFoundError:
-        return "0+uninstalled"

@@ -14,7 +14,6 @@ IGNORED: dict[str, int] = {
     "--disable-custom-all-reduce": 0,
     "--disable-fastapi-docs": 0,
     "--disable-hybrid-kv-cache-manager": 0,
-    "--disable-log-stats": 0,
     "--disable-uvicorn-access-log": 0,
     "--distributed-executor-backend": 1,
     "--download-dir": 1,

@@ -19,11 +19,12 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
+from jengine import __version__
 from jengine.errors import InvalidRequestError
 from jengine.server.grpc_errors import answered, refuse
 from jengine.server.inference_service import deadline_of
 from jengine.server.metrics import ThroughputMeter
-from jengine.server.state import ServerState, Status, check_request_id, new_request_id, version
+from jengine.server.state import ServerState, Status, check_request_id, new_request_id
 from jengine.server.tokenizer_bundle import TokenizerBundle, build_bundle
 from jengine.server.tracking import Submission, tracked
 from jengine.server.vllm_convert import ResponseBuilder, check_supported, to_sampling_params
@@ -181,7 +182,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             )
             return pb.GetLoadsResponse(
                 timestamp=datetime.now(UTC).isoformat(),
-                version=version(),
+                version=__version__,
                 dp_rank_count=1,
                 loads=[load],
             )

@@ -74,6 +74,7 @@ MAY_IMPORT["jengine.server"] = frozenset(
         "jengine",
         "jengine.async_engine",
         "jengine.client",
+        "jengine.input_processor",
         "jengine.loading.pull",
         "jengine.text.tokenizer",
     }

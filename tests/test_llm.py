@@ -1,10 +1,12 @@
-"""LLM: vLLM's offline API, first over a core that echoes, then over the real one."""
+"""LLM: vLLM's offline API over a core that echoes; test_llm_real.py has the real one."""
 
 import asyncio
 import logging
+import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import jengine
 from jengine import LLM, SamplingParams
@@ -24,7 +25,6 @@ from jengine.errors import (
 )
 from jengine.request import RequestOutputKind
 from tests.oracles.echo_core import FACTORY, make_echo_model
-from tests.oracles.tiny_llama import make_tiny_llama
 
 REPO = Path(__file__).resolve().parents[1]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
@@ -147,21 +147,29 @@ def test_one_bad_request_starts_none(llm: LLM) -> None:
     assert texts(llm.generate("ab", GREEDY, use_tqdm=False)) == ["abab"]
 
 
-def test_an_interrupt_aborts_and_leaves_the_engine_usable(folder: Path) -> None:
-    with make_echo_llm(folder, echo={"step_seconds": 0.01}, max_model_len=100_000) as llm:
-        endless = GREEDY.clone(max_tokens=None)
-
-        def interrupt(output: object) -> None:
-            raise KeyboardInterrupt
-
-        llm.enqueue(["a", "b"], endless)
-        ids = llm._add(["c"], GREEDY, None, None, None)
-        with pytest.raises(KeyboardInterrupt):
-            llm._engine.run([*ids, *llm._enqueued], interrupt)
-        while llm._engine.call("running"):
-            pass
-        assert len(llm._engine.call("aborted")) == 2
-        assert texts(llm.generate("ab", GREEDY, use_tqdm=False)) == ["abab"]
+def test_ctrl_c_aborts_and_leaves_the_engine_usable(folder: Path) -> None:
+    script = f"""
+from jengine import LLM, SamplingParams
+llm = LLM({str(folder)!r}, load_format="dummy", core_factory={FACTORY!r}, max_model_len=10**6,
+          hf_overrides={{"echo": {{"step_seconds": 0.01}}}})
+greedy = SamplingParams(temperature=0.0, max_tokens=4)
+print("ready", flush=True)
+try:
+    llm.generate(["ab", "cd"], greedy.clone(max_tokens=None), use_tqdm=False)
+except KeyboardInterrupt:
+    print(len(llm._engine.call("aborted")), llm._engine.call("running"))
+    print(llm.generate("ef", greedy, use_tqdm=False)[0].outputs[0].text)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=REPO, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        shown, _ = process.communicate(timeout=20)
+    assert shown == "2 []\nefef\n"
+    assert process.returncode == 0
 
 
 def test_progress_bar(llm: LLM, capsys: pytest.CaptureFixture) -> None:
@@ -340,66 +348,6 @@ llm.generate("ab", SamplingParams(max_tokens=3))
 {ending}
 """
     )
-
-
-# --- the real engine
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return folder, make_tiny_llama(folder)
-
-
-@pytest.fixture(scope="module")
-def real(tiny: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    with LLM(
-        str(tiny[0]),
-        dtype="float32",
-        max_num_seqs=4,
-        max_num_batched_tokens=32,
-        num_gpu_blocks_override=48,
-        decode_buckets=(4,),
-        prefill_buckets=(32,),
-        cache_dir=str(tmp_path_factory.mktemp("executables")),
-    ) as llm:
-        yield llm
-
-
-def test_real_tokens_and_live_objects(real: LLM, tiny: tuple[Path, Any]) -> None:
-    prompt = list(range(5, 45))
-    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-    (output,) = real.generate([prompt], params, use_tqdm=False)
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        for _ in range(8):
-            ids = torch.cat([ids, tiny[1](ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
-        hidden = tiny[1].model(ids).last_hidden_state[0]
-    assert output.outputs[0].token_ids == ids[0, len(prompt) :].tolist()
-
-    ours = np.asarray(real.hidden_states(ids[0].tolist()))
-    assert ours.shape == (48, 64)
-    np.testing.assert_allclose(ours, hidden.numpy(), atol=1e-4)
-    embedding = next(v for k, v in real.params.items() if k.endswith("embed_tokens.weight"))
-    np.testing.assert_array_equal(embedding, tiny[1].model.embed_tokens.weight.detach().numpy())
-    assert real.apply_model(type) == [type(real.model)]
-    assert callable(real.step_fn)
-
-
-def test_real_chat_on_default_parameters(real: LLM) -> None:
-    (output,) = real.chat([{"role": "user", "content": "hi"}], use_tqdm=False)
-    assert output.prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert 1 <= len(output.outputs[0].token_ids) <= 16
-    assert output.outputs[0].finish_reason in ("length", "stop")
-
-
-@pytest.mark.slow
-def test_the_demo_model_knows_paris(smollm2_gguf: Path) -> None:
-    with LLM(str(smollm2_gguf), max_model_len=256, max_num_seqs=2) as llm:
-        question = [{"role": "user", "content": "What is the capital of France?"}]
-        (output,) = llm.chat(question, SamplingParams(temperature=0.0, max_tokens=24))
-    assert "Paris" in output.outputs[0].text
-    assert output.outputs[0].finish_reason == "stop"
 
 
 # --- the package

@@ -1,9 +1,8 @@
 """Plain-JAX ragged paged attention: loops over sequences, query tiles and KV blocks whose cost follows real lengths.
 
 Flash attention with KV blocks that start at fixed multiples of the block size, so that a row meets the same blocks
-in the same order in every batch and chunking. XLA:CPU's dots give a row the same bits for any number of rows >= 4
-(`linear/reference.py`), which lets a decode row run in a smaller tile than a prefill row. Its float32 sums do not
-(`rms_norm/reference.py`): the softmax's sum comes out of the dot with the values, to which a column of ones is added.
+in the same order in every batch and chunking. All tiles have one shape, a decode row's too: XLA:CPU's float32 sums and
+exponentials give a row other bits when the shape around it changes.
 """
 
 from functools import partial
@@ -12,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-QUERY_TILE = 32
+QUERY_TILE = 8
 KV_BLOCK = 128
-MIN_ROWS = 4
 
 
 def ragged_paged_attention(
@@ -50,19 +48,16 @@ def ragged_paged_attention(
     def run_sequence(s: jax.Array, out_TKGH: jax.Array) -> jax.Array:
         start, q_len, kv_len = cu_q_lens_S1[s], cu_q_lens_S1[s + 1] - cu_q_lens_S1[s], kv_lens_S[s]
 
-        def run_tile(tile: int, i: jax.Array, out_TKGH: jax.Array) -> jax.Array:
+        def run_tile(i: jax.Array, out_TKGH: jax.Array) -> jax.Array:
             # A tile may write past the sequence's last token: the next sequence then writes over it.
-            at = start + i * tile
-            q = lax.dynamic_slice_in_dim(q_TKGH, at, tile)
-            position = kv_len - q_len + i * tile
+            at = start + i * QUERY_TILE
+            q = lax.dynamic_slice_in_dim(q_TKGH, at, QUERY_TILE)
+            position = kv_len - q_len + i * QUERY_TILE
             new = attend(q, page_table_M=page_table_SM[s], position=position, kv_len=kv_len)
             return lax.dynamic_update_slice_in_dim(out_TKGH, new, at, 0)
 
-        def run_tiles(out: jax.Array) -> jax.Array:
-            num_tiles = lax.div(q_len + QUERY_TILE - 1, jnp.int32(QUERY_TILE))
-            return lax.fori_loop(0, num_tiles, partial(run_tile, QUERY_TILE), out)
-
-        return lax.cond(q_len == 1, partial(run_tile, 1, jnp.int32(0)), run_tiles, out_TKGH)
+        num_tiles = lax.div(q_len + QUERY_TILE - 1, jnp.int32(QUERY_TILE))
+        return lax.fori_loop(0, num_tiles, run_tile, out_TKGH)
 
     out_TKGH = lax.fori_loop(0, jnp.asarray(num_seqs, jnp.int32), run_sequence, jnp.zeros_like(q_TKGH))
     return out_TKGH[:T].reshape(T, N, H)
@@ -85,10 +80,9 @@ def _attend_tile(
     Q, K, G, H = q_QKGH.shape
     B = kv_pages_PB2KH.shape[1]
     C = block_pages * B
-    rows = max(Q * G, MIN_ROWS)
+    rows = Q * G
     dtype = q_QKGH.dtype if q_QKGH.dtype == kv_pages_PB2KH.dtype else jnp.dtype(jnp.float32)
-    q_KRH = q_QKGH.transpose(1, 0, 2, 3).reshape(K, Q * G, H).astype(dtype)
-    q_KRH = jnp.pad(q_KRH, ((0, 0), (0, rows - Q * G), (0, 0)))
+    q_KRH = q_QKGH.transpose(1, 0, 2, 3).reshape(K, rows, H).astype(dtype)
     position_R = position + lax.div(lax.iota(jnp.int32, rows), jnp.int32(G))
     first_R = jnp.zeros_like(position_R) if window is None else position_R - (window - 1)
 
@@ -99,33 +93,30 @@ def _attend_tile(
         is_live_C = (index_C < kv_len) & (index_C >= first_R[0])
         kv_C2KH = jnp.where(is_live_C[:, None, None, None], kv_C2KH, jnp.zeros((), dtype))  # unused slots: NaN
         is_seen_RC = (index_C[None, :] <= position_R[:, None]) & (index_C[None, :] >= first_R[:, None])
-        k_KCH, v_KCH = kv_C2KH[:, 0].transpose(1, 0, 2), kv_C2KH[:, 1].transpose(1, 0, 2)
-        v_KCH1 = jnp.concatenate([v_KCH, jnp.ones((K, C, 1), dtype)], axis=-1)
-        return k_KCH, v_KCH1, is_seen_RC & is_live_C[None, :]
+        return kv_C2KH[:, 0].transpose(1, 0, 2), kv_C2KH[:, 1].transpose(1, 0, 2), is_seen_RC & is_live_C[None, :]
 
     def step(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        block, max_KR, acc_KRH1 = carry
-        k_KCH, v_KCH1, is_seen_RC = load(block)
+        block, max_KR, sum_KR, acc_KRH = carry
+        k_KCH, v_KCH, is_seen_RC = load(block)
         s_KRC = scale * jnp.einsum("KRH,KCH->KRC", q_KRH, k_KCH, preferred_element_type=jnp.float32)
         if soft_cap is not None:
             s_KRC = soft_cap * jnp.tanh(s_KRC / soft_cap)
         s_KRC = jnp.where(is_seen_RC[None], s_KRC, -jnp.inf)
         new_max_KR = jnp.maximum(max_KR, s_KRC.max(axis=-1))
         base_KR = jnp.where(new_max_KR == -jnp.inf, 0.0, new_max_KR)  # nothing seen yet: exp(-inf - 0) = 0
-        p_KRC = jnp.exp(s_KRC - base_KR[..., None]).astype(dtype)
-        decay_KR1 = jnp.exp(max_KR - base_KR)[..., None]
-        pv_KRH1 = jnp.einsum("KRC,KCH->KRH", p_KRC, v_KCH1, preferred_element_type=jnp.float32)
-        return block + 1, new_max_KR, acc_KRH1 * decay_KR1 + pv_KRH1
+        p_KRC = jnp.exp(s_KRC - base_KR[..., None])
+        decay_KR = jnp.exp(max_KR - base_KR)
+        pv_KRH = jnp.einsum("KRC,KCH->KRH", p_KRC.astype(dtype), v_KCH, preferred_element_type=jnp.float32)
+        sum_KR = sum_KR * decay_KR + p_KRC.sum(axis=-1)
+        return block + 1, new_max_KR, sum_KR, acc_KRH * decay_KR[..., None] + pv_KRH
 
-    acc_KRH1 = jnp.zeros((K, rows, H + 1))
     if sinks_KG is None:
-        max_KR = jnp.full((K, rows), -jnp.inf)
+        max_KR, sum_KR = jnp.full((K, rows), -jnp.inf), jnp.zeros((K, rows))
     else:
-        max_KR = jnp.pad(jnp.tile(sinks_KG, (1, Q)), ((0, 0), (0, rows - Q * G)))
-        acc_KRH1 = acc_KRH1.at[:, :, H].set(1.0)
+        max_KR, sum_KR = jnp.tile(sinks_KG, (1, Q)), jnp.ones((K, rows))
     begin = lax.div(jnp.maximum(first_R[0], 0), jnp.int32(C))
     end = lax.div(jnp.minimum(kv_len, position + Q) + (C - 1), jnp.int32(C))
-    _, _, acc_KRH1 = lax.while_loop(lambda carry: carry[0] < end, step, (begin, max_KR, acc_KRH1))
-    acc_KRH, sum_KR1 = acc_KRH1[:, : Q * G, :H], acc_KRH1[:, : Q * G, H:]
-    out_KRH = acc_KRH / jnp.where(sum_KR1 == 0.0, 1.0, sum_KR1)
+    carry = (begin, max_KR, sum_KR, jnp.zeros((K, rows, H)))
+    _, _, sum_KR, acc_KRH = lax.while_loop(lambda carry: carry[0] < end, step, carry)
+    out_KRH = acc_KRH / jnp.where(sum_KR == 0.0, 1.0, sum_KR)[..., None]
     return out_KRH.reshape(K, Q, G, H).transpose(1, 0, 2, 3).astype(q_QKGH.dtype)

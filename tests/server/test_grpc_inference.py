@@ -2,9 +2,11 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jengine.client import AsyncClient, CallOptions, Client, RpcFailedError, collect
 from jengine.errors import (
@@ -213,6 +215,9 @@ def test_keys(echo_model: Path) -> None:
                     client.server_info()
                 with pytest.raises(RpcFailedError, match="UNAUTHENTICATED"):
                     list(client.generate("a"))
+        with grpc.insecure_channel(server.grpc) as channel:  # probes need none
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            assert stub.Check(health_pb2.HealthCheckRequest()).status
         with Client(server.grpc, api_key="sesame") as client:
             assert collect(client.generate("ab", temperature=0, max_tokens=2))[0].text == "ab"
 

@@ -38,6 +38,11 @@ def test_the_whole_answer(server: RunningServer) -> None:
     assert answer["usage"]["prompt_tokens"] == len(RENDERED)
 
 
+def test_the_model_s_default_length_holds(server: RunningServer) -> None:
+    _, answer, _ = post(server.http + PATH, {"messages": USER})
+    assert answer["usage"]["completion_tokens"] == 7  # generation_config.json of the echo model
+
+
 def test_max_completion_tokens_wins(server: RunningServer) -> None:
     assert text_of(ask(server, max_completion_tokens=3)) == RENDERED[:3]
 

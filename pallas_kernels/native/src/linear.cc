@@ -23,18 +23,28 @@ struct Problem {
 };
 
 template <class W>
-void put(const Problem<W>& p, int64_t m, int64_t n, v16f acc) {
+void put_part(const Problem<W>& p, int64_t m, int64_t n, v16f acc) {
   const int64_t at = m * p.outputs + n;
-  const int count = static_cast<int>(std::min<int64_t>(kLanes, p.outputs - n));
-  if (p.bias) {
-    float bias[kLanes] = {};
-    std::memcpy(bias, p.bias + n, count * sizeof(float));
-    acc += load(bias);
-  }
+  const int count = static_cast<int>(p.outputs - n);
+  float bias[kLanes] = {};
+  if (p.bias) std::memcpy(bias, p.bias + n, count * sizeof(float));
   if (p.y.is_bf16) {
-    store_first(static_cast<bf16*>(p.y.data) + at, acc, count);
+    store_first(static_cast<bf16*>(p.y.data) + at, acc + load(bias), count);
   } else {
-    store_first(static_cast<float*>(p.y.data) + at, acc, count);
+    store_first(static_cast<float*>(p.y.data) + at, acc + load(bias), count);
+  }
+}
+
+// Stores outputs [n, n + 16) of row m, as far as they exist.
+template <class W>
+JENGINE_INLINE void put(const Problem<W>& p, int64_t m, int64_t n, v16f acc) {
+  if (n + kLanes > p.outputs) return put_part(p, m, n, acc);
+  const int64_t at = m * p.outputs + n;
+  if (p.bias) acc += load(p.bias + n);
+  if (p.y.is_bf16) {
+    store_as(static_cast<bf16*>(p.y.data) + at, acc);
+  } else {
+    store_as(static_cast<float*>(p.y.data) + at, acc);
   }
 }
 
