@@ -107,7 +107,7 @@ void tiled(Pool& pool, const Problem<W>& p, int workers) {
   const int64_t num_steps = num_tiles * ((words + block - 1) / block);
   parallel_claim(pool, (p.outputs + kUnit - 1) / kUnit, workers, [&](int64_t u, const auto& claim, int64_t& finished) {
     Buffer<uint32_t> packed(kUnit * block);
-    Buffer<float> sums(p.rows * kUnit);
+    Buffer<float> sums((words > block ? p.rows : tile_rows) * kUnit);  // of all rows only if they wait for more blocks
     while (u >= 0) {
       const int64_t next = claim();
       const int64_t n0 = u * kUnit, count = std::min(kUnit, p.outputs - n0);
@@ -127,12 +127,15 @@ void tiled(Pool& pool, const Problem<W>& p, int workers) {
         for (int64_t m = 0; m < p.rows; m += tile_rows) {
           prefetch(ahead + fetched, std::clamp<int64_t>(ahead_bytes - fetched, 0, slice));
           fetched += slice;
-          multiply<Words>({&sums[m * kUnit], kUnit, p.x + m * words + k, words, packed.get(), block * kLanes, depth, k > 0},
-                          static_cast<int>(std::min(tile_rows, p.rows - m)), panels);
+          const int count_rows = static_cast<int>(std::min(tile_rows, p.rows - m));
+          float* c = &sums[words > block ? m * kUnit : 0];
+          multiply<Words>({c, kUnit, p.x + m * words + k, words, packed.get(), block * kLanes, depth, k > 0}, count_rows,
+                          panels);
+          if (k + depth < words) continue;
+          for (int i = 0; i < count_rows; ++i) {
+            for (int n = 0; n < panels; ++n) put(p, m + i, n0 + n * kLanes, load(c + i * kUnit + n * kLanes));
+          }
         }
-      }
-      for (int64_t m = 0; m < p.rows; ++m) {
-        for (int n = 0; n < panels; ++n) put(p, m, n0 + n * kLanes, load(&sums[m * kUnit + n * kLanes]));
       }
       ++finished;
       u = next;
