@@ -120,6 +120,7 @@ class EngineCore:
                 vocab_size=self.runner.vocab_size,
                 memory_plan=plan.table(),
                 dtype=loaded.cfg.dtype,
+                compile_seconds=self.runner.programs.warm_up_seconds,
                 startup_seconds=time.perf_counter() - started,
             )
         )

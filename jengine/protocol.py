@@ -125,6 +125,7 @@ class CoreReady(msgspec.Struct, tag="ready", array_like=True):
     vocab_size: int
     memory_plan: str
     startup_seconds: float
+    compile_seconds: float = 0.0  # of those: making executables ready, compiled or loaded
     dtype: str = ""  # of activations and parameters, "auto" resolved
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 from jax.experimental import serialize_executable
 
 from jengine.pallas_kernels.native import loader as native
@@ -27,7 +27,7 @@ def executable_key(device: jax.Device, *parts: Any) -> str:
     facts = (
         _source_digest(),
         jax.__version__,
-        jaxlib.__version__,
+        jaxlib.version.__version__,
         device.platform,
         device.device_kind,
         jax.device_count(),

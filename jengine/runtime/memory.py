@@ -64,6 +64,8 @@ class MemoryPlan:
 
 def executable_memory(compiled: jax.stages.Compiled) -> ExecutableMemory:
     analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise ValueError("this back end does not report the memory of its executables")
     return ExecutableMemory(
         temporaries=analysis.temp_size_in_bytes,
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,

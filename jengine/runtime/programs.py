@@ -46,6 +46,7 @@ class Programs:
         self._ready: dict[str, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
         self._is_warm = False
+        self.warm_up_seconds = 0.0
         self.num_late = 0
 
     def warm_up(self, threads: int) -> None:
@@ -60,10 +61,11 @@ class Programs:
                 tqdm(prepared, "executables", len(names), leave=False, disable=None), maxlen=0
             )
         self._is_warm = True
+        self.warm_up_seconds = time.perf_counter() - started
         log.info(
             "%d executables ready in %.1f s (%d compiled)",
             len(names),
-            time.perf_counter() - started,
+            self.warm_up_seconds,
             self._store.num_compiled,
         )
 

@@ -108,34 +108,38 @@ async def startup(
     """Seconds until an engine process is ready: with an empty cache of executables, and with a
     filled one.
     """
-    cold: list[float] = []
+    cold: list[tuple[float, float]] = []
     for i in range(num_cold):
         with tempfile.TemporaryDirectory(prefix="jengine-cold-") as folder:
             compiling = dataclasses.replace(config.compile, cache_dir=folder)
             cold.append(await start_seconds(dataclasses.replace(config, compile=compiling)))
-        report(f"cold {i + 1}/{num_cold}: {cold[-1]:.2f} s")
+        report(f"cold {i + 1}/{num_cold}: {cold[-1][0]:.2f} s")
     for _ in range(num_warmup):
         await start_seconds(config)
-    warm: list[float] = []
+    warm: list[tuple[float, float]] = []
     for i in range(num_warm):
         warm.append(await start_seconds(config))
-        report(f"warm {i + 1}/{num_warm}: {warm[-1]:.2f} s")
+        report(f"warm {i + 1}/{num_warm}: {warm[-1][0]:.2f} s")
     result: dict[str, Any] = {}
-    for name, seconds in (("cold", cold), ("warm", warm)):
-        if seconds:
-            result[f"avg_{name}_startup_time"] = float(np.mean(seconds))
-            result[f"{name}_startup_times"] = seconds
-            result[f"{name}_startup_percentiles"] = percentile_table(seconds)
+    for name, runs in (("cold", cold), ("warm", warm)):
+        for part, index in (("startup", 0), ("compilation", 1)):
+            if seconds := [run[index] for run in runs]:
+                result[f"avg_{name}_{part}_time"] = float(np.mean(seconds))
+                result[f"{name}_{part}_times"] = seconds
+                result[f"{name}_{part}_percentiles"] = percentile_table(seconds)
     return result
 
 
-async def start_seconds(config: EngineConfig) -> float:
-    """From nothing to ready, in a process of its own."""
+async def start_seconds(config: EngineConfig) -> tuple[float, float]:
+    """From nothing to ready, in a process of its own; and of those, the seconds spent on making
+    executables ready.
+    """
     started = time.perf_counter()
     engine = await AsyncEngine.create(config)
     elapsed = time.perf_counter() - started
+    compile_seconds = engine.ready.compile_seconds
     await engine.shutdown()
-    return elapsed
+    return elapsed, compile_seconds
 
 
 async def timed_batch(

@@ -66,7 +66,7 @@ ARRIVALS = st.lists(
     min_size=1,
     max_size=7,
 )
-_alone: dict[tuple, list[int]] = {}
+_alone: dict[Arrival, list[int]] = {}
 
 
 @given(ARRIVALS)
@@ -126,7 +126,9 @@ def test_nothing_compiles_after_warm_up(pump: CorePump) -> None:
     events: list[str] = []
     pump.drain()
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, duration, **kwargs: events.append(name) if "backend_compile" in name else None
+        lambda event, duration_secs, **kwargs: (
+            events.append(event) if "backend_compile" in event else None
+        )
     )
     try:
         for count in (1, 2, 3, 4):
@@ -158,11 +160,12 @@ def test_kv_is_aliased_in_place(pump: CorePump) -> None:
     row_bytes = sum(x.nbytes for x in jax.tree.leaves(runner.rows))
     for bucket in runner.buckets:
         compiled = runner.programs.ready[str(bucket)]
-        analysis = compiled.memory_analysis()
+        analysis, text = compiled.memory_analysis(), compiled.as_text()
+        assert analysis is not None and text is not None
         assert analysis.alias_size_in_bytes >= kv_bytes + row_bytes
         page_shape = ",".join(map(str, runner.kv[0].shape))
         copies = [
-            line for line in compiled.as_text().splitlines()
+            line for line in text.splitlines()
             if f"f32[{page_shape}]" in line and (" copy(" in line or "copy-start" in line)
         ]  # fmt: skip
         assert not copies, copies

@@ -6,14 +6,24 @@ import jax
 import pytest
 
 from jengine.config import CacheConfig
-from jengine.kv_spec import KVKind, KVSpec, build_groups
+from jengine.kv_spec import KVGroup, KVKind, KVSpec, build_groups
 from jengine.runtime.memory import plan_pages
 from tests.oracles.core_pump import CorePump
 from tests.oracles.dummy_model import write_dummy_model
 
 FULL = KVSpec(KVKind.FULL, (2, 4, 64), "bfloat16", 2)
 WINDOW = KVSpec(KVKind.SLIDING_WINDOW, (2, 4, 64), "bfloat16", 2, window=512)
-PLAN = dict(free_bytes=1 << 40, is_cpu=False, max_model_len=32768, max_chunk=1024)
+
+
+def _plan(groups: tuple[KVGroup, ...], num_bytes: int) -> tuple[int, ...]:
+    return plan_pages(
+        groups,
+        CacheConfig(kv_cache_memory_bytes=num_bytes),
+        free_bytes=1 << 40,
+        is_cpu=False,
+        max_model_len=32768,
+        max_chunk=1024,
+    )
 
 
 def test_groups_share_the_bytes_by_what_a_long_request_holds() -> None:
@@ -21,11 +31,9 @@ def test_groups_share_the_bytes_by_what_a_long_request_holds() -> None:
     four times the tokens of an all-full one of the same size.
     """
     groups = build_groups([WINDOW] * 5 + [FULL], 16)
-    window_pages, full_pages = plan_pages(
-        groups, CacheConfig(kv_cache_memory_bytes=1 << 30), **PLAN
-    )
+    window_pages, full_pages = _plan(groups, 1 << 30)
     all_full = build_groups([FULL] * 6, 16)
-    (same_bytes,) = plan_pages(all_full, CacheConfig(kv_cache_memory_bytes=1 << 30), **PLAN)
+    (same_bytes,) = _plan(all_full, 1 << 30)
     assert full_pages > 4 * same_bytes
     window_requests = (window_pages - 1) / groups[0].max_pages(32768, 1024)
     full_requests = (full_pages - 1) / groups[1].max_pages(32768, 1024)
@@ -37,7 +45,7 @@ def test_groups_share_the_bytes_by_what_a_long_request_holds() -> None:
 def test_a_cache_too_small_for_one_request_is_refused() -> None:
     groups = build_groups([FULL], 16)
     with pytest.raises(ValueError, match="max_model_len=32768 needs 33,570,816"):
-        plan_pages(groups, CacheConfig(kv_cache_memory_bytes=1 << 24), **PLAN)
+        _plan(groups, 1 << 24)
 
 
 def test_plan_matches_what_is_allocated(tmp_path: Path) -> None:
