@@ -203,20 +203,27 @@ def test_what_cannot_start_says_why(folder: Path) -> None:
         LLM(str(folder / "nowhere"))
 
 
+def engine_threads() -> set[threading.Thread]:
+    """Also those of other tests' engines: fixtures of the session keep some alive."""
+    return {thread for thread in threading.enumerate() if thread.name == "engine-core"}
+
+
 def test_close_stops_the_thread(folder: Path) -> None:
+    before = engine_threads()
     llm = make_echo_llm(folder)
-    assert "engine-core" in {thread.name for thread in threading.enumerate()}
+    assert len(engine_threads() - before) == 1
     llm.close()
     llm.close()
-    assert "engine-core" not in {thread.name for thread in threading.enumerate()}
+    assert engine_threads() == before
     with pytest.raises(EngineDeadError, match="closed"):
         llm.generate("ab", GREEDY, use_tqdm=False)
 
 
 def test_an_engine_that_nobody_holds_is_stopped(folder: Path) -> None:
+    before = engine_threads()
     llm = make_echo_llm(folder)
     del llm
-    assert "engine-core" not in {thread.name for thread in threading.enumerate()}
+    assert engine_threads() == before
 
 
 def test_inside_a_running_event_loop(folder: Path) -> None:
