@@ -9,5 +9,7 @@ _argmax = first_of(cpu_ffi.argmax_rows, reference.argmax_rows)
 
 
 def argmax_rows(logits_SV: jax.Array) -> jax.Array:
-    """Return i32[S]: the first index of each row's largest value, or of its first NaN, as `jnp.argmax`."""
+    """Return i32[S]: the first index of each row's largest value, or of its first NaN, as
+    `jnp.argmax`.
+    """
     return _argmax(logits_SV)

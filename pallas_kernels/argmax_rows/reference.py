@@ -1,4 +1,6 @@
-"""Plain-JAX `argmax_rows`: two vectorised reductions. XLA:CPU runs `jnp.argmax` as a scalar loop over pairs."""
+"""Plain-JAX `argmax_rows`: two vectorised reductions. XLA:CPU runs `jnp.argmax` as a scalar loop
+over pairs.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -20,7 +20,9 @@ class Case:
     dropped: tuple[int, ...] = ()  # tokens with a negative slot
 
     def build(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """pages, k, v in float32 and slots; padding rows hold a valid slot and NaN: they must not arrive."""
+        """pages, k, v in float32 and slots; padding rows hold a valid slot and NaN: they must not
+        arrive.
+        """
         rng = np.random.default_rng(seed)
         shape = (self.max_tokens, self.kv_heads, self.head_dim)
         pages = rng.standard_normal((self.num_pages, self.page_size, 2, *shape[1:]), np.float32)

@@ -1,4 +1,6 @@
-"""Plain-JAX `kv_write`: a loop of row updates, because XLA:CPU's scatter costs milliseconds a layer."""
+"""Plain-JAX `kv_write`: a loop of row updates, because XLA:CPU's scatter costs milliseconds a
+layer.
+"""
 
 import jax
 import jax.numpy as jnp

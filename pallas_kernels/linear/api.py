@@ -17,9 +17,10 @@ def linear(
     num_tokens: jax.Array | None = None,
     out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """Return `x @ w.T + bias` of shape [T, F] in `out_dtype` (default: `x.dtype`), rounded once from float32.
+    """Return `x @ w.T + bias` of shape [T, F] in `out_dtype` (default: `x.dtype`), rounded once
+    from float32.
 
-    Rows at or past `num_tokens` are padding: finite, otherwise unspecified. The bits of a row depend on that row and
-    the weight only, not on T nor on the other rows.
+    Rows at or past `num_tokens` are padding: finite, otherwise unspecified. The bits of a row
+    depend on that row and the weight only, not on T nor on the other rows.
     """
     return _linear(x_TD, w_FD, bias_F, num_tokens=num_tokens, out_dtype=out_dtype)

@@ -20,7 +20,10 @@ def linear(
 ) -> jax.Array:
     (T, D), F = x_TD.shape, w_FD.shape[0]
     out_dtype = jnp.dtype(x_TD.dtype if out_dtype is None else out_dtype)
-    if (x_TD.dtype.name, w_FD.dtype.name) not in DTYPES or out_dtype.name not in ("bfloat16", "float32"):
+    if (x_TD.dtype.name, w_FD.dtype.name) not in DTYPES or out_dtype.name not in (
+        "bfloat16",
+        "float32",
+    ):
         raise NotImplementedError(f"{x_TD.dtype} x {w_FD.dtype} -> {out_dtype}")
     if x_TD.dtype == jnp.bfloat16 and D % 2:
         raise NotImplementedError("bfloat16 is read in pairs: odd depth")

@@ -1,12 +1,15 @@
-"""Plain-JAX `linear`, in the one shape that XLA:CPU runs fast and the same way for any number of rows."""
+"""Plain-JAX `linear`, in the one shape that XLA:CPU runs fast and the same way for any number of
+rows.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-# XLA:CPU sends a dot with one row (bfloat16: one or two) to a naive loop: 10 to 50 times slower, and with another
-# order of summation than the dots with more rows, so that a row's bits would depend on its batch.
+# XLA:CPU sends a dot with one row (bfloat16: one or two) to a naive loop: 10 to 50 times slower,
+# and with another order of summation than the dots with more rows, so that a row's bits would
+# depend on its batch.
 MIN_ROWS = 4
 
 

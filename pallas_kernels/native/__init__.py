@@ -1,4 +1,6 @@
-"""The C++ library of CPU kernels: built at first use, called through XLA's foreign function interface."""
+"""The C++ library of CPU kernels: built at first use, called through XLA's foreign function
+interface.
+"""
 
 from jengine.pallas_kernels.native.loader import (
     NativeStatus,

@@ -1,4 +1,6 @@
-"""Builds the C++ library of CPU kernels from the sources beside this file, once per machine and toolchain."""
+"""Builds the C++ library of CPU kernels from the sources beside this file, once per machine and
+toolchain.
+"""
 
 import fcntl
 import hashlib
@@ -13,13 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax.ffi
-import jaxlib
+import jaxlib.version
 
 from jengine.config import cache_root
 
 SOURCES = Path(__file__).parent / "src"
 LIBRARY_NAME = "libjengine_cpu.so"
-# fp-contract: the portable path relies on a*b+c becoming one fused multiply-add everywhere, for equal bits.
+# fp-contract: the portable path relies on a*b+c becoming one fused multiply-add everywhere, for
+# equal bits.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread", "-w")
 NATIVE = "-march=native"
 COMPILE_TIMEOUT_S = 300
@@ -37,7 +40,12 @@ def find_compiler() -> str | None:
 def library_path(compiler: str) -> Path:
     """Where the library for this compiler, CPU, jaxlib and these sources lies, built or not."""
     digest = hashlib.sha256()
-    for part in (_run([compiler, "--version"]), jaxlib.__version__, _cpu_description(), " ".join((*FLAGS, NATIVE))):
+    for part in (
+        _run([compiler, "--version"]),
+        jaxlib.version.__version__,
+        _cpu_description(),
+        " ".join((*FLAGS, NATIVE)),
+    ):
         digest.update(part.encode() + b"\0")
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
@@ -45,7 +53,9 @@ def library_path(compiler: str) -> Path:
 
 
 def build_library() -> Path:
-    """Return the path of the library, building it if needed. One process builds; others wait for it."""
+    """Return the path of the library, building it if needed. One process builds; others wait for
+    it.
+    """
     compiler = find_compiler()
     if compiler is None:
         raise NativeBuildError("no C++ compiler (c++, g++ or clang++) on PATH")
@@ -81,7 +91,9 @@ def compile_library(compiler: str, target: Path, machine: str) -> None:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeBuildError(f"{command[0]}: {error}") from error
     if done.returncode != 0:
@@ -96,7 +108,9 @@ def _cpu_description() -> str:
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     wanted = ("flags", "Features", "model name", "CPU part")
-    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(wanted)})])
+    return "\n".join(
+        [platform.machine(), *sorted({line for line in lines if line.startswith(wanted)})]
+    )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from jengine.pallas_kernels.native.build import NativeBuildError, build_library,
 logger = logging.getLogger(__name__)
 
 PREFIX = "jengine_"
-OPERATIONS = ("linear", "kv_write", "ragged_paged_attention", "argmax_rows", "rms_norm")
+OPERATIONS = ("linear", "kv_write", "ragged_paged_attention", "argmax_rows", "rms_norm", "silu_mul")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,18 @@ class NativeStatus:
 
 @functools.cache
 def status() -> NativeStatus:
-    """Build, load and register once per process. Never raises: without the library, plain JAX does the work."""
+    """Build, load and register once per process. Never raises: without the library, plain JAX does
+    the work.
+    """
     if is_native_disabled():
         return NativeStatus(False, None, "disabled by JENGINE_NATIVE=0")
     try:
         path = build_library()
         register(path, PREFIX)
     except (NativeBuildError, OSError) as error:
-        logger.warning("CPU kernels in C++ are not available, plain JAX takes their place (slower): %s", error)
+        logger.warning(
+            "CPU kernels in C++ are not available, plain JAX takes their place (slower): %s", error
+        )
         return NativeStatus(False, None, str(error))
     return NativeStatus(True, path, None)
 
@@ -49,7 +53,9 @@ def register(path: Path, prefix: str) -> None:
 
 
 def is_available() -> bool:
-    """Whether operations on CPU go to the C++ library. The first call may build it (about ten seconds)."""
+    """Whether operations on CPU go to the C++ library. The first call may build it (about ten
+    seconds).
+    """
     return status().is_available
 
 
@@ -62,7 +68,8 @@ def require() -> None:
 
 
 def fingerprint() -> str:
-    """Part of the key of stored executables: they call the library's handlers by name, and must not without it.
+    """Part of the key of stored executables: they call the library's handlers by name, and must not
+    without it.
 
     Call it before loading such an executable: it registers the handlers.
     """

@@ -1,4 +1,6 @@
-"""`ragged_paged_attention`: causal attention of packed queries over the paged cache, prefill and decode alike."""
+"""`ragged_paged_attention`: causal attention of packed queries over the paged cache, prefill and
+decode alike.
+"""
 
 import jax
 
@@ -23,14 +25,16 @@ def ragged_paged_attention(
 ) -> jax.Array:
     """Return [T, N, H] in `q.dtype`.
 
-    Sequence `s < num_seqs` owns tokens `cu_q_lens[s]:cu_q_lens[s + 1]`; its last query stands at position
-    `kv_lens[s] - 1`, and its keys and values (this step's included: write them first) lie in the pages of
-    `page_table[s]`. A query at position p reads positions `max(0, p - window + 1)..p`; a table entry that holds none
-    of these may be the null page 0. Nothing else is read: unused slots may hold NaN.
+    Sequence `s < num_seqs` owns tokens `cu_q_lens[s]:cu_q_lens[s + 1]`; its last query stands at
+    position `kv_lens[s] - 1`, and its keys and values (this step's included: write them first) lie
+    in the pages of `page_table[s]`. A query at position p reads positions `max(0, p - window +
+    1)..p`; a table entry that holds none of these may be the null page 0. Nothing else is read:
+    unused slots may hold NaN.
 
-    Scores are `soft_cap * tanh(q.k * scale / soft_cap)`; `sinks` adds one logit per head to the softmax's sum.
-    Rows past the last token are finite, otherwise unspecified. The bits of a row depend on its own sequence only,
-    not on T, S, its neighbours or how the prompt was cut into chunks.
+    Scores are `soft_cap * tanh(q.k * scale / soft_cap)`; `sinks` adds one logit per head to the
+    softmax's sum. Rows past the last token are finite, otherwise unspecified. The bits of a row
+    depend on its own sequence only, not on T, S, its neighbours or how the prompt was cut into
+    chunks.
     """
     return _attention(
         q_TNH,

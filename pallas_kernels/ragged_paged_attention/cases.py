@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Arguments of one call, arrays in float32 and int32; queries past the last token are padding."""
+    """Arguments of one call in float32 and int32; queries past the last token are padding."""
 
     q_TNH: np.ndarray
     kv_pages_PB2KH: np.ndarray
@@ -36,13 +36,17 @@ class Case:
     padding_seqs: int = 2
 
     def build(self, seed: int = 0) -> Inputs:
-        """Pages are shuffled; every slot that no query may read holds NaN, the null page 0 included."""
+        """Pages are shuffled; every slot that no query may read holds NaN, the null page 0
+        included.
+        """
         rng = np.random.default_rng(seed)
         pages_per_seq = max(-(-kv // self.page_size) for _, kv in self.lens) + 1
         num_pages = 1 + len(self.lens) * pages_per_seq
         ids = 1 + rng.permutation(num_pages - 1).astype(np.int32)
         table = np.zeros((len(self.lens) + self.padding_seqs, pages_per_seq), np.int32)
-        pages = np.full((num_pages, self.page_size, 2, self.kv_heads, self.head_dim), np.nan, np.float32)
+        pages = np.full(
+            (num_pages, self.page_size, 2, self.kv_heads, self.head_dim), np.nan, np.float32
+        )
         for s, (new, length) in enumerate(self.lens):
             first = 0 if self.window is None else max(0, length - new - self.window + 1)
             table[s] = ids[s * pages_per_seq : (s + 1) * pages_per_seq]
@@ -53,7 +57,9 @@ class Case:
         new_lens = [new for new, _ in self.lens]
         cu = np.concatenate([[0], np.cumsum(new_lens), np.full(self.padding_seqs, sum(new_lens))])
         return Inputs(
-            q_TNH=rng.standard_normal((sum(new_lens) + self.padding_tokens, self.heads, self.head_dim), np.float32),
+            q_TNH=rng.standard_normal(
+                (sum(new_lens) + self.padding_tokens, self.heads, self.head_dim), np.float32
+            ),
             kv_pages_PB2KH=pages,
             page_table_SM=table,
             cu_q_lens_S1=cu.astype(np.int32),
@@ -77,6 +83,13 @@ CASES = (
     Case(((1, 129),), heads=8, kv_heads=1, head_dim=256, page_size=8),
     Case(((70, 100), (1, 33)), heads=4, kv_heads=4, head_dim=80),
     Case(((70, 100), (1, 33)), heads=32, kv_heads=2, head_dim=96, page_size=64),
-    Case(((20, 20), (1, 500)), heads=16, kv_heads=8, head_dim=128, q_dtype="float32", kv_dtype="float32"),
+    Case(
+        ((20, 20), (1, 500)),
+        heads=16,
+        kv_heads=8,
+        head_dim=128,
+        q_dtype="float32",
+        kv_dtype="float32",
+    ),
     Case(tuple((1, n) for n in range(1, 40, 3)), padding_tokens=0, padding_seqs=0),
 )

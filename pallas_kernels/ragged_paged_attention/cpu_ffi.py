@@ -29,7 +29,9 @@ def ragged_paged_attention(
     if q_TNH.dtype not in DTYPES or kv_pages_PB2KH.dtype not in DTYPES:
         raise NotImplementedError(f"{q_TNH.dtype} queries, {kv_pages_PB2KH.dtype} pages")
     if H % LANES or H > MAX_HEAD_DIM:
-        raise NotImplementedError(f"head dim {H}: must be a multiple of {LANES} up to {MAX_HEAD_DIM}")
+        raise NotImplementedError(
+            f"head dim {H}: must be a multiple of {LANES} up to {MAX_HEAD_DIM}"
+        )
     native.require()
     sinks = jnp.zeros((0,), jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32)
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype))

@@ -1,8 +1,10 @@
-"""Plain-JAX ragged paged attention: loops over sequences, query tiles and KV blocks whose cost follows real lengths.
+"""Plain-JAX ragged paged attention: loops over sequences, query tiles and KV blocks whose cost
+follows real lengths.
 
-Flash attention with KV blocks that start at fixed multiples of the block size, so that a row meets the same blocks
-in the same order in every batch and chunking. All tiles have one shape, a decode row's too: XLA:CPU's float32 sums and
-exponentials give a row other bits when the shape around it changes.
+Flash attention with KV blocks that start at fixed multiples of the block size, so that a row meets
+the same blocks in the same order in every batch and chunking. All tiles have one shape, a decode
+row's too: XLA:CPU's float32 sums and exponentials give a row other bits when the shape around it
+changes.
 """
 
 from functools import partial
@@ -49,7 +51,8 @@ def ragged_paged_attention(
         start, q_len, kv_len = cu_q_lens_S1[s], cu_q_lens_S1[s + 1] - cu_q_lens_S1[s], kv_lens_S[s]
 
         def run_tile(i: jax.Array, out_TKGH: jax.Array) -> jax.Array:
-            # A tile may write past the sequence's last token: the next sequence then writes over it.
+            # A tile may write past the sequence's last token: the next sequence then writes over
+            # it.
             at = start + i * QUERY_TILE
             q = lax.dynamic_slice_in_dim(q_TKGH, at, QUERY_TILE)
             position = kv_len - q_len + i * QUERY_TILE
@@ -59,7 +62,9 @@ def ragged_paged_attention(
         num_tiles = lax.div(q_len + QUERY_TILE - 1, jnp.int32(QUERY_TILE))
         return lax.fori_loop(0, num_tiles, run_tile, out_TKGH)
 
-    out_TKGH = lax.fori_loop(0, jnp.asarray(num_seqs, jnp.int32), run_sequence, jnp.zeros_like(q_TKGH))
+    out_TKGH = lax.fori_loop(
+        0, jnp.asarray(num_seqs, jnp.int32), run_sequence, jnp.zeros_like(q_TKGH)
+    )
     return out_TKGH[:T].reshape(T, N, H)
 
 
@@ -91,9 +96,17 @@ def _attend_tile(
         kv_C2KH = kv_pages_PB2KH[pages].reshape(C, 2, K, H).astype(dtype)
         index_C = block * C + lax.iota(jnp.int32, C)
         is_live_C = (index_C < kv_len) & (index_C >= first_R[0])
-        kv_C2KH = jnp.where(is_live_C[:, None, None, None], kv_C2KH, jnp.zeros((), dtype))  # unused slots: NaN
-        is_seen_RC = (index_C[None, :] <= position_R[:, None]) & (index_C[None, :] >= first_R[:, None])
-        return kv_C2KH[:, 0].transpose(1, 0, 2), kv_C2KH[:, 1].transpose(1, 0, 2), is_seen_RC & is_live_C[None, :]
+        kv_C2KH = jnp.where(
+            is_live_C[:, None, None, None], kv_C2KH, jnp.zeros((), dtype)
+        )  # unused slots: NaN
+        is_seen_RC = (index_C[None, :] <= position_R[:, None]) & (
+            index_C[None, :] >= first_R[:, None]
+        )
+        return (
+            kv_C2KH[:, 0].transpose(1, 0, 2),
+            kv_C2KH[:, 1].transpose(1, 0, 2),
+            is_seen_RC & is_live_C[None, :],
+        )
 
     def step(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         block, max_KR, sum_KR, acc_KRH = carry
@@ -103,10 +116,14 @@ def _attend_tile(
             s_KRC = soft_cap * jnp.tanh(s_KRC / soft_cap)
         s_KRC = jnp.where(is_seen_RC[None], s_KRC, -jnp.inf)
         new_max_KR = jnp.maximum(max_KR, s_KRC.max(axis=-1))
-        base_KR = jnp.where(new_max_KR == -jnp.inf, 0.0, new_max_KR)  # nothing seen yet: exp(-inf - 0) = 0
+        base_KR = jnp.where(
+            new_max_KR == -jnp.inf, 0.0, new_max_KR
+        )  # nothing seen yet: exp(-inf - 0) = 0
         p_KRC = jnp.exp(s_KRC - base_KR[..., None])
         decay_KR = jnp.exp(max_KR - base_KR)
-        pv_KRH = jnp.einsum("KRC,KCH->KRH", p_KRC.astype(dtype), v_KCH, preferred_element_type=jnp.float32)
+        pv_KRH = jnp.einsum(
+            "KRC,KCH->KRH", p_KRC.astype(dtype), v_KCH, preferred_element_type=jnp.float32
+        )
         sum_KR = sum_KR * decay_KR + p_KRC.sum(axis=-1)
         return block + 1, new_max_KR, sum_KR, acc_KRH * decay_KR[..., None] + pv_KRH
 

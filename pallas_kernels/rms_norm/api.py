@@ -15,7 +15,8 @@ def rms_norm(
     eps: float,
     num_tokens: jax.Array | None = None,
 ) -> jax.Array:
-    """Return `x / sqrt(mean(x^2) + eps) * weight` in `x.dtype`, computed in float32 and rounded once.
+    """Return `x / sqrt(mean(x^2) + eps)`, rounded to `x.dtype`, times `weight`, rounded again: as
+    Hugging Face's Llama does it. Sums and products are float32.
 
     Rows at or past `num_tokens` are padding: finite, otherwise unspecified.
     """

@@ -1,7 +1,8 @@
 """Plain-JAX `rms_norm`, with a sum that is the same for any number of rows.
 
-XLA:CPU (0.10 and 0.11) sums a float32 row in an order that depends on how many rows there are: fewer than 8 rows of 576
-give other bits than more, rows of 64 fewer than 64. Its dots with at least 4 rows and 2 columns do not.
+XLA:CPU (0.10 and 0.11) sums a float32 row in an order that depends on how many rows there are:
+fewer than 8 rows of 576 give other bits than more, rows of 64 fewer than 64. Its dots with at least
+4 rows and 2 columns do not.
 """
 
 import jax
@@ -30,4 +31,5 @@ def rms_norm(
         precision=lax.Precision.HIGHEST,
     )
     factor_T1 = lax.rsqrt(sums[:T, :1] / D + eps)
-    return (wide_TD * factor_T1 * weight_D.astype(jnp.float32)[None, :]).astype(x_TD.dtype)
+    normed_TD = (wide_TD * factor_T1).astype(x_TD.dtype).astype(jnp.float32)
+    return (normed_TD * weight_D.astype(jnp.float32)[None, :]).astype(x_TD.dtype)

@@ -13,4 +13,6 @@ def backend(request: pytest.FixtureRequest) -> ModuleType:
     """The module of one back end of the operation named by the test module's `OPERATION`."""
     if request.param == "cpu_ffi" and not native.is_available():
         pytest.skip(f"no C++ library: {native.status().reason}")
-    return importlib.import_module(f"jengine.pallas_kernels.{request.module.OPERATION}.{request.param}")
+    return importlib.import_module(
+        f"jengine.pallas_kernels.{request.module.OPERATION}.{request.param}"
+    )

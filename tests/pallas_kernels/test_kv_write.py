@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jengine.pallas_kernels.kv_write import reference
 from jengine.pallas_kernels.kv_write.cases import CASES, Case
 
 OPERATION = "kv_write"
@@ -27,18 +28,26 @@ def test_equals_assignment(backend: ModuleType, case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_donated_pages_are_updated_in_place(backend: ModuleType, dtype: str) -> None:
+    if backend is reference and dtype == "bfloat16" and jax.__version_info__ < (0, 11):
+        pytest.xfail("XLA:CPU 0.10 widens bfloat16 updates: see `is_in_place`")
     pages = jnp.zeros((256, 16, 2, 3, 64), dtype)
     k, v, slots = map(jnp.asarray, Case(8, 8, num_pages=256, page_dtype=dtype).build()[1:])
 
-    def two_layers(first: jax.Array, second: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def two_layers(
+        first: jax.Array, second: jax.Array, n: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return backend.kv_write(first, k, v, slots, n), backend.kv_write(second, k, v, slots, n)
 
-    compiled = jax.jit(two_layers, donate_argnums=(0, 1)).lower(pages, pages, jnp.int32(8)).compile()
-    memory = compiled.memory_analysis()
+    compiled = (
+        jax.jit(two_layers, donate_argnums=(0, 1)).lower(pages, pages, jnp.int32(8)).compile()
+    )
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
     assert memory.alias_size_in_bytes == 2 * pages.nbytes
     assert memory.temp_size_in_bytes < pages.nbytes / 4
     shape = "bf16[256" if dtype == "bfloat16" else "f32[256"
-    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and shape in line]
+    copies = [line for line in text.splitlines() if " copy(" in line and shape in line]
     assert not copies
 
 

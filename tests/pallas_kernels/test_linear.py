@@ -38,7 +38,9 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(
     for rows in ROW_COUNTS:
         for first in (0, 128 - rows):
             part = np.asarray(call(x[first : first + rows], w))
-            np.testing.assert_array_equal(part, whole[first : first + rows], err_msg=f"{rows} rows from {first}")
+            np.testing.assert_array_equal(
+                part, whole[first : first + rows], err_msg=f"{rows} rows from {first}"
+            )
 
 
 def test_padding_rows_are_finite_and_touch_nothing(backend: ModuleType) -> None:

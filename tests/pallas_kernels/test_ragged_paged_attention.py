@@ -1,4 +1,6 @@
-"""Ragged paged attention against float64, with NaN in all that must not be read, and batch invariance."""
+"""Ragged paged attention against float64, with NaN in all that must not be read, and batch
+invariance.
+"""
 
 from dataclasses import replace
 from types import ModuleType
@@ -51,7 +53,9 @@ def attend_float64(case: Case, inputs: Inputs) -> np.ndarray:
     for s, (new, length) in enumerate(case.lens):
         for i in range(new):
             t, position = inputs.cu_q_lens_S1[s] + i, length - new + i
-            at = np.arange(0 if case.window is None else max(0, position - case.window + 1), position + 1)
+            at = np.arange(
+                0 if case.window is None else max(0, position - case.window + 1), position + 1
+            )
             entries = pages[inputs.page_table_SM[s][at // case.page_size], at % case.page_size]
             for n in range(case.heads):
                 scores = entries[:, 0, n // group] @ q_TNH[t, n] * case.head_dim**-0.5
@@ -71,9 +75,12 @@ def test_equals_float64(backend: ModuleType, case: Case) -> None:
     out = run(backend, case, inputs)
     used = sum(new for new, _ in case.lens)
     expected = attend_float64(case, inputs)[:used]
-    # Both bfloat16: probabilities are rounded to bfloat16 too. Values are of size one, so is the sum of weights.
+    # Both bfloat16: probabilities are rounded to bfloat16 too. Values are of size one, so is the
+    # sum of weights.
     is_half = case.q_dtype == case.kv_dtype == "bfloat16"
-    tolerance = EPS[case.q_dtype] * np.abs(expected) + (EPS["bfloat16"] if is_half else 8 * EPS["float32"])
+    tolerance = EPS[case.q_dtype] * np.abs(expected) + (
+        EPS["bfloat16"] if is_half else 8 * EPS["float32"]
+    )
     assert np.all(np.abs(out[:used].astype(np.float64) - expected) <= tolerance)
     assert np.isfinite(out.astype(np.float32)).all()
 
@@ -88,15 +95,20 @@ INVARIANT = (
 
 
 @pytest.mark.parametrize("case", INVARIANT, ids=str)
-def test_bits_of_a_row_do_not_depend_on_chunks_or_neighbours(backend: ModuleType, case: Case) -> None:
+def test_bits_of_a_row_do_not_depend_on_chunks_or_neighbours(
+    backend: ModuleType, case: Case
+) -> None:
     whole = case.build()
     expected = run(backend, case, whole)[:130]
     done = 0
     for chunk in (1, 1, 2, 5, 16, 33, 1, 64, 7):
-        # The chunk as the middle one of three sequences; the other two read the same pages at other places.
+        # The chunk as the middle one of three sequences; the other two read the same pages at other
+        # places.
         lens = ((3, 40), (chunk, 170 + done + chunk), (1, 290))
         cu = np.concatenate([[0], np.cumsum([new for new, _ in lens])]).astype(np.int32)
-        q = np.random.default_rng(done).standard_normal((cu[-1] + 5, *whole.q_TNH.shape[1:]), np.float32)
+        q = np.random.default_rng(done).standard_normal(
+            (cu[-1] + 5, *whole.q_TNH.shape[1:]), np.float32
+        )
         q[3 : 3 + chunk] = whole.q_TNH[done : done + chunk]
         part = replace(
             whole,
@@ -107,7 +119,9 @@ def test_bits_of_a_row_do_not_depend_on_chunks_or_neighbours(backend: ModuleType
             num_seqs=3,
         )
         out = run(backend, case, part)[3 : 3 + chunk]
-        np.testing.assert_array_equal(out, expected[done : done + chunk], err_msg=f"chunk {chunk} at {done}")
+        np.testing.assert_array_equal(
+            out, expected[done : done + chunk], err_msg=f"chunk {chunk} at {done}"
+        )
         done += chunk
     assert done == 130
 
@@ -121,7 +135,9 @@ def test_no_sequences(backend: ModuleType) -> None:
 def test_unsupported_head_dims_are_left_to_the_reference() -> None:
     from jengine.pallas_kernels.ragged_paged_attention import api, cpu_ffi
 
-    case = Case(((4, 9), (1, 3)), heads=2, kv_heads=1, head_dim=20, q_dtype="float32", kv_dtype="float32")
+    case = Case(
+        ((4, 9), (1, 3)), heads=2, kv_heads=1, head_dim=20, q_dtype="float32", kv_dtype="float32"
+    )
     with pytest.raises(NotImplementedError):
         run(cpu_ffi, case, case.build())
     out = run(api, case, case.build())[:5]

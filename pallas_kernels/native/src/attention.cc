@@ -153,7 +153,8 @@ class Worker {
       pack_rows<Words, KV>(&keys_[n * kLanes * words], kLanes, H, [&](int i) { return row(n * kLanes + i, 0); });
     }
     const int64_t value = a_.kv_heads * H;
-    pack_columns<Words, KV>(values_.get(), kBlock * kLanes / kE, panels * kLanes, H, [&](int i) { return row(i, value); });
+    pack_columns<Words, KV>(values_.get(), kBlock * kLanes / kE, panels * kLanes, H,
+                            [&](int i) { return row(i, value); });
   }
 
   void score(int panels) {
@@ -188,8 +189,13 @@ class Worker {
     float* row_sum = &sum_[(first_row_ + r) * kLanes];
     const float old_max = row_max, new_max = std::max(old_max, max_lane(high));
     const float base = new_max == -kInfinity ? 0.0f : new_max;  // nothing seen yet: exp(-inf - 0) = 0
-    const v16f decay = exp(splat(old_max - base));
-    v16f sum = load(row_sum) * decay;
+    v16f sum = load(row_sum);
+    if (new_max != old_max) {
+      const v16f decay = exp(splat(old_max - base));
+      float* out = &out_[(first_row_ + r) * a_.head_dim];
+      for (int64_t h = 0; h < a_.head_dim; h += kLanes) store(out + h, load(out + h) * decay);
+      sum *= decay;
+    }
     for (int n = 0; n < panels; ++n) {
       E* p = &p_[r * kBlock + n * kLanes];
       store_as(p, exp(load(scores + n * kLanes) - splat(base)));
@@ -197,10 +203,6 @@ class Worker {
     }
     store(row_sum, sum);
     row_max = new_max;
-    if (new_max != old_max) {
-      float* out = &out_[(first_row_ + r) * a_.head_dim];
-      for (int64_t h = 0; h < a_.head_dim; h += kLanes) store(out + h, load(out + h) * decay);
-    }
   }
 
   void accumulate(int panels) {

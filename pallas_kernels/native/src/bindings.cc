@@ -12,7 +12,7 @@ namespace ffi = xla::ffi;
 
 namespace jengine {
 
-void cpu_pause(int round) {
+void wait_a_moment(int round) {
   // The last unit of a loop ends within microseconds unless its thread lost its core: then leave the core to it.
   if (round >= 2000) {
     sched_yield();
@@ -54,14 +54,20 @@ ffi::Error with_type(const ffi::AnyBuffer& buffer, const F& f) {
 
 int64_t clamp(int64_t x, int64_t high) { return std::min(std::max<int64_t>(x, 0), high); }
 
+// The number of rows of y to compute; the padding rows after them become zero.
+int64_t real_rows(ffi::Buffer<ffi::S32> num_tokens, ffi::AnyBuffer y) {
+  const int64_t tokens = y.dimensions()[0], rows = clamp(num_tokens.typed_data()[0], tokens);
+  const int64_t row_bytes = y.size_bytes() / std::max<int64_t>(tokens, 1);
+  std::memset(static_cast<char*>(y.untyped_data()) + rows * row_bytes, 0, (tokens - rows) * row_bytes);
+  return rows;
+}
+
 ffi::Error run_linear(ffi::ThreadPool xla_pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> bias,
                       ffi::Buffer<ffi::S32> num_tokens, ffi::Result<ffi::AnyBuffer> y) {
   XlaPool pool(xla_pool);
-  const int64_t tokens = x.dimensions()[0], depth = x.dimensions()[1], outputs = w.dimensions()[0];
-  const int64_t rows = clamp(num_tokens.typed_data()[0], tokens);
+  const int64_t depth = x.dimensions()[1], outputs = w.dimensions()[0];
+  const int64_t rows = real_rows(num_tokens, *y);
   const float* b = bias.element_count() > 0 ? bias.typed_data() : nullptr;
-  const int64_t row_bytes = y->size_bytes() / std::max<int64_t>(tokens, 1);
-  std::memset(static_cast<char*>(y->untyped_data()) + rows * row_bytes, 0, (tokens - rows) * row_bytes);
   const Output out{y->untyped_data(), is_bf16(*y)};
   if (is_bf16(x) && is_bf16(w)) {
     linear(pool, data<bf16>(x), data<bf16>(w), b, out, rows, outputs, depth);
@@ -137,13 +143,23 @@ ffi::Error run_argmax_rows(ffi::ThreadPool xla_pool, ffi::Buffer<ffi::F32> x, ff
 ffi::Error run_rms_norm(ffi::ThreadPool xla_pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> weight,
                         ffi::Buffer<ffi::S32> num_tokens, ffi::Result<ffi::AnyBuffer> y, float eps) {
   XlaPool pool(xla_pool);
-  const int64_t width = weight.element_count(), tokens = x.dimensions()[0];
-  const int64_t rows = clamp(num_tokens.typed_data()[0], tokens);
-  const int64_t row_bytes = y->size_bytes() / std::max<int64_t>(tokens, 1);
-  std::memset(static_cast<char*>(y->untyped_data()) + rows * row_bytes, 0, (tokens - rows) * row_bytes);
+  const int64_t width = weight.element_count();
+  const int64_t rows = real_rows(num_tokens, *y);
   return with_type(x, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     rms_norm(pool, data<T>(x), weight.typed_data(), eps, data<T>(*y), rows, width);
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error run_silu_mul(ffi::ThreadPool xla_pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> num_tokens,
+                        ffi::Result<ffi::AnyBuffer> y) {
+  XlaPool pool(xla_pool);
+  const int64_t width = y->dimensions()[1];
+  const int64_t rows = real_rows(num_tokens, *y);
+  return with_type(x, [&](auto* element) {
+    using T = std::remove_pointer_t<decltype(element)>;
+    silu_mul(pool, data<T>(x), data<T>(*y), rows, width);
     return ffi::Error::Success();
   });
 }
@@ -198,3 +214,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jengine_rms_norm, jengine::run_rms_norm,
                                   .Arg<ffi::Buffer<ffi::S32>>()      // num_tokens
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jengine_silu_mul, jengine::run_silu_mul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()             // x
+                                  .Arg<ffi::Buffer<ffi::S32>>()      // num_tokens
+                                  .Ret<ffi::AnyBuffer>());

@@ -8,15 +8,17 @@ namespace {
 
 template <class Words, int M, int N>
 void multiply_tile(const Tile& t) {
-  v16f acc[M][N] = {};
-  if (t.accumulate) {
-    for (int m = 0; m < M; ++m) {
-      for (int n = 0; n < N; ++n) acc[m][n] = load(t.c + m * t.c_stride + n * kLanes);
-    }
+  v16f acc[M][N];
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[m][n] = t.accumulate ? load(t.c + m * t.c_stride + n * kLanes) : v16f{};
   }
+  prefetch(t.ahead + t.words * 64, std::max<int64_t>(0, t.ahead_lines - t.words) * 64);
   const uint32_t* x = t.x;
   const float* panel = reinterpret_cast<const float*>(t.panels);
   for (int64_t k = 0; k < t.words; ++k) {
+    if (k < t.ahead_lines) prefetch(t.ahead + k * 64);
     v16f w[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) w[n] = load(panel + n * t.panel_stride + k * kLanes);

@@ -1,8 +1,9 @@
 // The one dot product of this library: every output lane adds the products of the reduction axis in ascending order, in
 // float32, whatever the number of rows and however they are tiled. So the bits of a row never depend on its batch.
 //
-// Both operands are read as 32-bit "words" along the reduction axis: one float, or two neighbouring bfloat16 (AVX512-BF16,
-// whose instruction adds the pair). The right operand is packed in panels of sixteen outputs: panel[word][16].
+// Both operands are read as 32-bit "words" along the reduction axis: one float, or two neighbouring bfloat16
+// (AVX512-BF16, whose instruction adds the pair). The right operand is packed in panels of sixteen outputs:
+// panel[word][16].
 #pragma once
 
 #include <algorithm>
@@ -58,8 +59,8 @@ class Buffer {
   T* const data_;
 };
 
-// c[m][16 n ...] (+)= x[m] . panel[n] over `words` steps, for up to kTileRows rows and kTilePanels panels. Rows of x and
-// c are x_stride words and c_stride floats apart, panels panel_stride words.
+// c[m][16 n ...] (+)= x[m] . panel[n] over `words` steps, for up to kTileRows rows and kTilePanels panels. Rows of x
+// and c are x_stride words and c_stride floats apart, panels panel_stride words.
 struct Tile {
   float* c;
   int64_t c_stride;
@@ -69,6 +70,9 @@ struct Tile {
   int64_t panel_stride;
   int64_t words;
   bool accumulate;
+  // Memory to prefetch meanwhile, line by line, one a step: in a burst they would fill the core's miss queue.
+  const char* ahead = nullptr;
+  int64_t ahead_lines = 0;
 };
 
 template <class Words>

@@ -1,4 +1,5 @@
-// Weights stay as stored, [out, in]; each block is transposed once, in registers or in the L2 cache, and meets all rows.
+// Weights stay as stored, [out, in]; each block is transposed once, in registers or in the L2 cache, and meets all
+// rows.
 #include "linear.h"
 
 #include "gemm.h"
@@ -10,6 +11,9 @@ namespace {
 constexpr int kStreamRows = 8;
 // `tiled` packs blocks of four panels by this many words: 72 KB of the L2 cache.
 constexpr int64_t kBlockWords = 288;
+// `tiled` makes at least this many units a thread if it can with this many rows each: fewer would be mostly packing.
+constexpr int64_t kMinUnits = 10;
+constexpr int64_t kMinRows = 96;
 // Below this much work per call a second thread costs more to wake than it saves.
 constexpr int64_t kMinParallelBytes = 64 << 10;
 
@@ -103,17 +107,25 @@ void tiled(Pool& pool, const Problem<W>& p, int workers) {
   constexpr int64_t kUnit = kTilePanels * kLanes;
   const int64_t words = p.depth / Words::kElements, row_bytes = p.depth * sizeof(W);
   const int64_t block = std::min(kBlockWords, words);
+  // Units are 64 outputs times all rows, or a part of the rows where that would leave threads idle at the end.
+  const int64_t num_columns = (p.outputs + kUnit - 1) / kUnit;
+  const int64_t max_parts = std::max<int64_t>(1, p.rows / kMinRows);
+  const int64_t num_parts = std::clamp<int64_t>(kMinUnits * workers / num_columns, 1, max_parts);
   const int64_t num_tiles = (p.rows + kTileRows - 1) / kTileRows, tile_rows = (p.rows + num_tiles - 1) / num_tiles;
-  const int64_t num_steps = num_tiles * ((words + block - 1) / block);
-  parallel_claim(pool, (p.outputs + kUnit - 1) / kUnit, workers, [&](int64_t u, const auto& claim, int64_t& finished) {
+  const int64_t part_tiles = (num_tiles + num_parts - 1) / num_parts, part_rows = part_tiles * tile_rows;
+  const int64_t num_steps = part_tiles * ((words + block - 1) / block);
+  parallel_claim(pool, num_columns * num_parts, workers, [&](int64_t u, const auto& claim, int64_t& finished) {
     Buffer<uint32_t> packed(kUnit * block);
-    Buffer<float> sums((words > block ? p.rows : tile_rows) * kUnit);  // of all rows only if they wait for more blocks
+    Buffer<float> sums((words > block ? part_rows : tile_rows) * kUnit);  // of more rows only if they wait for blocks
     while (u >= 0) {
       const int64_t next = claim();
-      const int64_t n0 = u * kUnit, count = std::min(kUnit, p.outputs - n0);
+      const int64_t n0 = u / num_parts * kUnit, count = std::min(kUnit, p.outputs - n0);
+      const int64_t m0 = u % num_parts * part_rows, m1 = std::min(p.rows, m0 + part_rows);
       const int panels = static_cast<int>((count + kLanes - 1) / kLanes);
-      const char* ahead = reinterpret_cast<const char*>(p.w + std::max<int64_t>(next, 0) * kUnit * p.depth);
-      const int64_t ahead_bytes = next < 0 ? 0 : std::min(kUnit, p.outputs - next * kUnit) * row_bytes;
+      const int64_t next_n0 = next / num_parts * kUnit;
+      const bool is_ahead = next >= 0 && next_n0 != n0;
+      const char* ahead = reinterpret_cast<const char*>(p.w + (is_ahead ? next_n0 * p.depth : 0));
+      const int64_t ahead_bytes = is_ahead ? std::min(kUnit, p.outputs - next_n0) * row_bytes : 0;
       const int64_t slice = (ahead_bytes / num_steps + 63) / 64 * 64;
       int64_t fetched = 0;
       for (int64_t k = 0; k < words; k += block) {
@@ -124,13 +136,14 @@ void tiled(Pool& pool, const Problem<W>& p, int workers) {
           pack_rows<Words, W>(packed.get() + i * block * kLanes, valid, depth * Words::kElements,
                               [&](int r) { return first + r * p.depth; });
         }
-        for (int64_t m = 0; m < p.rows; m += tile_rows) {
-          prefetch(ahead + fetched, std::clamp<int64_t>(ahead_bytes - fetched, 0, slice));
+        for (int64_t m = m0; m < m1; m += tile_rows) {
+          const int count_rows = static_cast<int>(std::min(tile_rows, m1 - m));
+          float* c = &sums[words > block ? (m - m0) * kUnit : 0];
+          Tile tile{c, kUnit, p.x + m * words + k, words, packed.get(), block * kLanes, depth, k > 0};
+          tile.ahead = ahead + fetched;
+          tile.ahead_lines = std::clamp<int64_t>((ahead_bytes - fetched + 63) / 64, 0, slice / 64);
           fetched += slice;
-          const int count_rows = static_cast<int>(std::min(tile_rows, p.rows - m));
-          float* c = &sums[words > block ? m * kUnit : 0];
-          multiply<Words>({c, kUnit, p.x + m * words + k, words, packed.get(), block * kLanes, depth, k > 0}, count_rows,
-                          panels);
+          multiply<Words>(tile, count_rows, panels);
           if (k + depth < words) continue;
           for (int i = 0; i < count_rows; ++i) {
             for (int n = 0; n < panels; ++n) put(p, m + i, n0 + n * kLanes, load(c + i * kUnit + n * kLanes));

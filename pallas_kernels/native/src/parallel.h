@@ -16,9 +16,12 @@ class Pool {
   virtual void schedule(std::function<void()> task) = 0;
 };
 
-void cpu_pause(int round);
+// Called while waiting, with the number of calls so far: first pauses, then gives the core to others.
+void wait_a_moment(int round);
 
-// Runs body(worker's claim function): see parallel_for and linear.cc. Returns when every unit is done.
+// Splits [0, num_units) over threads: body(unit, claim, finished) does `unit` and then what claim() gives, until it
+// gives -1, and counts the units it did in `finished`. Claiming early lets it prefetch. Returns when all units are
+// done.
 //
 // Units are claimed from one counter, so a core that others keep busy takes fewer. The caller works too and waits only
 // for units that a running helper has claimed: it never waits for the pool to start one, and so cannot deadlock when it
@@ -45,7 +48,7 @@ void parallel_claim(Pool& pool, int64_t num_units, int max_workers, const Body& 
   };
   for (int64_t i = 1; i < workers; ++i) pool.schedule(work);
   work();
-  for (int round = 0; state->done.load(std::memory_order_acquire) < num_units; ++round) cpu_pause(round);
+  for (int round = 0; state->done.load(std::memory_order_acquire) < num_units; ++round) wait_a_moment(round);
 }
 
 // Calls f(i) for every i in [0, n), on up to max_workers threads.

@@ -5,6 +5,8 @@
 
 namespace jengine {
 
+constexpr int64_t kRowUnit = 16;  // rows that a thread takes at a time
+
 template <class Page, class New>
 void kv_write(Page* pages, const New* k, const New* v, const int32_t* slots, int64_t tokens, int64_t num_slots,
               int64_t width) {
@@ -105,21 +107,46 @@ float sum_of_squares(const T* x, int64_t width) {
 
 template <class T>
 void rms_norm(Pool& pool, const T* x, const float* weight, float eps, T* y, int64_t rows, int64_t width) {
-  constexpr int64_t kUnit = 16;
   const int workers = rows * width < (1 << 15) ? 1 : pool.num_threads();
-  parallel_for(pool, (rows + kUnit - 1) / kUnit, workers, [&](int64_t unit) {
-    for (int64_t r = unit * kUnit; r < std::min(rows, (unit + 1) * kUnit); ++r) {
+  parallel_for(pool, (rows + kRowUnit - 1) / kRowUnit, workers, [&](int64_t unit) {
+    for (int64_t r = unit * kRowUnit; r < std::min(rows, (unit + 1) * kRowUnit); ++r) {
       const T* in = x + r * width;
       T* out = y + r * width;
       const float factor = 1.0f / std::sqrt(sum_of_squares(in, width) / static_cast<float>(width) + eps);
       int64_t i = 0;
-      for (; i + kLanes <= width; i += kLanes) store_as(out + i, load(in + i) * splat(factor) * load(weight + i));
-      for (; i < width; ++i) out[i] = convert<T>(to_float(in[i]) * factor * weight[i]);
+      for (; i + kLanes <= width; i += kLanes) {
+        store_as(out + i, load(in + i) * splat(factor));
+        store_as(out + i, load(out + i) * load(weight + i));
+      }
+      for (; i < width; ++i) out[i] = convert<T>(to_float(convert<T>(to_float(in[i]) * factor)) * weight[i]);
     }
   });
 }
 
 template void rms_norm(Pool&, const bf16*, const float*, float, bf16*, int64_t, int64_t);
 template void rms_norm(Pool&, const float*, const float*, float, float*, int64_t, int64_t);
+
+template <class T>
+void silu_mul(Pool& pool, const T* x, T* y, int64_t rows, int64_t width) {
+  const auto silu = [](v16f v) { return v / (splat(1.0f) + exp(-v)); };
+  const int workers = rows * width < (1 << 15) ? 1 : pool.num_threads();
+  parallel_for(pool, (rows + kRowUnit - 1) / kRowUnit, workers, [&](int64_t unit) {
+    for (int64_t r = unit * kRowUnit; r < std::min(rows, (unit + 1) * kRowUnit); ++r) {
+      const T *gate = x + r * 2 * width, *up = gate + width;
+      T* out = y + r * width;
+      int64_t i = 0;
+      for (; i + kLanes <= width; i += kLanes) store_as(out + i, silu(load(gate + i)) * load(up + i));
+      if (i < width) {
+        T last[2][kLanes] = {};
+        std::memcpy(last[0], gate + i, (width - i) * sizeof(T));
+        std::memcpy(last[1], up + i, (width - i) * sizeof(T));
+        store_first(out + i, silu(load(last[0])) * load(last[1]), static_cast<int>(width - i));
+      }
+    }
+  });
+}
+
+template void silu_mul(Pool&, const bf16*, bf16*, int64_t, int64_t);
+template void silu_mul(Pool&, const float*, float*, int64_t, int64_t);
 
 }  // namespace jengine

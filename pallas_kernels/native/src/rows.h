@@ -1,4 +1,4 @@
-// Operations on rows: the KV write, the arg max, the RMS norm.
+// Operations on rows: the KV write, the arg max, the RMS norm, SwiGLU's product.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,12 @@ void kv_write(Page* pages, const New* k, const New* v, const int32_t* slots, int
 // First index of each row's largest value, or of its first NaN.
 void argmax_rows(Pool& pool, const float* x, int32_t* out, int64_t rows, int64_t columns);
 
-// y = x / sqrt(mean(x^2) + eps) * weight, row by row, in float32, rounded once.
+// y = round(x / sqrt(mean(x^2) + eps)) * weight, row by row, in float32; both results rounded to T.
 template <class T>
 void rms_norm(Pool& pool, const T* x, const float* weight, float eps, T* y, int64_t rows, int64_t width);
+
+// y[r][i] = silu(x[r][i]) * x[r][width + i], in float32, rounded once; x has 2 * width columns.
+template <class T>
+void silu_mul(Pool& pool, const T* x, T* y, int64_t rows, int64_t width);
 
 }  // namespace jengine
