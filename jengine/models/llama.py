@@ -15,6 +15,7 @@ from jengine.layers.norm import RMSNorm
 from jengine.layers.rope import RopeTable, apply_rope, build_rope, rope_cos_sin
 from jengine.loading.rules import WeightRule, WeightTable
 from jengine.models.config_fields import ConfigFields
+from jengine.pallas_kernels.silu_mul.api import silu_mul
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,9 @@ class LlamaMLP(nnx.Module):
             cfg.intermediate_size, cfg.hidden_size, ("embed", "mlp"), cfg.dtype, bias=cfg.mlp_bias
         )
 
-    def __call__(self, x_TD: jax.Array, metadata: AttentionMetadata) -> jax.Array:
-        gate_up_TF = self.gate_up_proj(x_TD, metadata.num_tokens)
-        gate_TF, up_TF = (
-            gate_up_TF[:, : gate_up_TF.shape[1] // 2],
-            gate_up_TF[:, gate_up_TF.shape[1] // 2 :],
-        )
-        return self.down_proj(jax.nn.silu(gate_TF) * up_TF, metadata.num_tokens)
+    def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        gate_up_TF = self.gate_up_proj(x_TD, num_tokens)
+        return self.down_proj(silu_mul(gate_up_TF, num_tokens=num_tokens), num_tokens)
 
 
 class LlamaDecoderLayer(nnx.Module):
@@ -162,10 +159,11 @@ class LlamaDecoderLayer(nnx.Module):
         sin: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         attended_TD, kv_pages = self.self_attn(
-            self.input_layernorm(x_TD), kv_pages, metadata, cos, sin
+            self.input_layernorm(x_TD, metadata.num_tokens), kv_pages, metadata, cos, sin
         )
         x_TD = x_TD + attended_TD
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD), metadata), kv_pages
+        normed_TD = self.post_attention_layernorm(x_TD, metadata.num_tokens)
+        return x_TD + self.mlp(normed_TD, metadata.num_tokens), kv_pages
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -198,7 +196,7 @@ class LlamaForCausalLM(nnx.Module):
         for layer, kv_pages in zip(self.layers, kv, strict=True):
             x_TD, kv_pages = layer(x_TD, kv_pages, metadata, cos, sin)
             new_kv.append(kv_pages)
-        return self.norm(x_TD), tuple(new_kv)
+        return self.norm(x_TD, metadata.num_tokens), tuple(new_kv)
 
     @property
     def head(self) -> jax.Array:

@@ -17,6 +17,7 @@ from jengine.loading.checkpoint import Checkpoint, open_checkpoint
 from jengine.loading.dummy import dummy_parameters
 from jengine.loading.rules import load_parameters
 from jengine.models.registry import resolve_architecture
+from jengine.pallas_kernels.kv_write.api import is_in_place
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def load_model(config: EngineConfig, device: jax.Device) -> LoadedModel:
     architecture, model_class = resolve_architecture(hf)
     max_model_len = resolve_max_model_len(hf, config.model.max_model_len)
     dtype = resolve_dtype(hf, config.model.dtype)
-    kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
+    kv_dtype = resolve_kv_dtype(dtype, config.cache.kv_cache_dtype)
     cfg = model_class.config_class.from_hf(
         hf, dtype=dtype, kv_dtype=kv_dtype, max_model_len=max_model_len
     )
@@ -81,6 +82,13 @@ def resolve_max_model_len(hf: dict[str, Any], asked: int | None) -> int:
     if not 1 <= asked <= limit:
         raise LoadError(f"max_model_len {asked} is outside what the model supports (1 to {limit})")
     return asked
+
+
+def resolve_kv_dtype(dtype: str, asked: str) -> str:
+    """For "auto" the model's dtype, unless this back end copies such pages on every write."""
+    if asked != "auto":
+        return asked
+    return dtype if is_in_place(dtype) else "float32"
 
 
 def resolve_dtype(hf: dict[str, Any], asked: str) -> str:

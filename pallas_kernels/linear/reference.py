@@ -30,6 +30,8 @@ def linear(
         x_TD.astype(dtype),
         w_FD.astype(dtype),
         (((1,), (1,)), ((), ())),
+        # float32 means float32, also where the hardware would round the operands (TF32).
+        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )[:T]
     if bias_F is not None:

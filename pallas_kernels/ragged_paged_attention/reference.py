@@ -108,10 +108,18 @@ def _attend_tile(
             is_seen_RC & is_live_C[None, :],
         )
 
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None  # not TF32
+
     def step(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         block, max_KR, sum_KR, acc_KRH = carry
         k_KCH, v_KCH, is_seen_RC = load(block)
-        s_KRC = scale * jnp.einsum("KRH,KCH->KRC", q_KRH, k_KCH, preferred_element_type=jnp.float32)
+        s_KRC = scale * jnp.einsum(
+            "KRH,KCH->KRC",
+            q_KRH,
+            k_KCH,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
         if soft_cap is not None:
             s_KRC = soft_cap * jnp.tanh(s_KRC / soft_cap)
         s_KRC = jnp.where(is_seen_RC[None], s_KRC, -jnp.inf)
@@ -122,7 +130,11 @@ def _attend_tile(
         p_KRC = jnp.exp(s_KRC - base_KR[..., None])
         decay_KR = jnp.exp(max_KR - base_KR)
         pv_KRH = jnp.einsum(
-            "KRC,KCH->KRH", p_KRC.astype(dtype), v_KCH, preferred_element_type=jnp.float32
+            "KRC,KCH->KRH",
+            p_KRC.astype(dtype),
+            v_KCH,
+            precision=precision,
+            preferred_element_type=jnp.float32,
         )
         sum_KR = sum_KR * decay_KR + p_KRC.sum(axis=-1)
         return block + 1, new_max_KR, sum_KR, acc_KRH * decay_KR[..., None] + pv_KRH

@@ -12,7 +12,7 @@ void multiply_tile(const Tile& t) {
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[m][n] = t.accumulate ? load(t.c + m * t.c_stride + n * kLanes) : v16f{};
+    for (int n = 0; n < N; ++n) acc[m][n] = v16f{};
   }
   prefetch(t.ahead + t.words * 64, std::max<int64_t>(0, t.ahead_lines - t.words) * 64);
   const uint32_t* x = t.x;
@@ -29,7 +29,10 @@ void multiply_tile(const Tile& t) {
     }
   }
   for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) store(t.c + m * t.c_stride + n * kLanes, acc[m][n]);
+    for (int n = 0; n < N; ++n) {
+      float* c = t.c + m * t.c_stride + n * kLanes;
+      store(c, t.accumulate ? load(c) + acc[m][n] : acc[m][n]);
+    }
   }
 }
 

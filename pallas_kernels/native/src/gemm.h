@@ -15,9 +15,12 @@
 
 namespace jengine {
 
+// Sums run over blocks of kBlock words, and the sums of blocks are added in order: rounding grows with the length of a
+// chain of additions, and where inputs are float32 somebody counts on its digits.
 struct FloatWords {
   using Element = float;
   static constexpr int kElements = 1;
+  static constexpr int64_t kBlock = 32;
   static JENGINE_INLINE v16f step(v16f acc, const void* x, v16f w) {
     float value;
     std::memcpy(&value, x, 4);
@@ -29,6 +32,7 @@ struct FloatWords {
 struct Bf16Words {
   using Element = bf16;
   static constexpr int kElements = 2;
+  static constexpr int64_t kBlock = 288;
   static JENGINE_INLINE v16f step(v16f acc, const void* x, v16f w) {
     int32_t pair;
     std::memcpy(&pair, x, 4);

@@ -9,8 +9,6 @@ namespace {
 
 // Up to this many rows the step is bound by reading the weight: transpose in registers and use at once.
 constexpr int kStreamRows = 8;
-// `tiled` packs blocks of four panels by this many words: 72 KB of the L2 cache.
-constexpr int64_t kBlockWords = 288;
 // `tiled` makes at least this many units a thread if it can with this many rows each: fewer would be mostly packing.
 constexpr int64_t kMinUnits = 10;
 constexpr int64_t kMinRows = 96;
@@ -62,6 +60,8 @@ void stream_panel(const Problem<W>& p, int64_t n0) {
   const char* base = reinterpret_cast<const char*>(p.w + n0 * p.depth);
   const char* ahead = base + kLanes * bytes;
   const uint32_t* x = p.x;
+  static_assert(Words::kBlock % kLanes == 0);
+  alignas(64) float sums[M][kLanes];
   v16f acc[M] = {};
   const auto row = [&](int i) { return base + std::min(i, valid - 1) * bytes; };
   int64_t k = 0;
@@ -75,6 +75,12 @@ void stream_panel(const Problem<W>& p, int64_t n0) {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[m] = Words::step(acc[m], x + m * words + k + j, (v16f)r[j]);
     }
+    if ((k + kLanes) % Words::kBlock == 0) {  // as `multiply` does between blocks
+      for (int m = 0; m < M; ++m) {
+        store(sums[m], k < Words::kBlock ? acc[m] : load(sums[m]) + acc[m]);
+        acc[m] = v16f{};
+      }
+    }
   }
   if (k < words) {
     alignas(64) uint32_t tail[kLanes * kLanes];
@@ -85,7 +91,9 @@ void stream_panel(const Problem<W>& p, int64_t n0) {
       for (int m = 0; m < M; ++m) acc[m] = Words::step(acc[m], x + m * words + k + j, w);
     }
   }
-  for (int m = 0; m < M; ++m) put(p, m, n0, acc[m]);
+  for (int m = 0; m < M; ++m) {
+    put(p, m, n0, words < Words::kBlock ? acc[m] : words % Words::kBlock ? load(sums[m]) + acc[m] : load(sums[m]));
+  }
 }
 
 template <class Words, int M, class W>
@@ -106,7 +114,7 @@ template <class Words, class W>
 void tiled(Pool& pool, const Problem<W>& p, int workers) {
   constexpr int64_t kUnit = kTilePanels * kLanes;
   const int64_t words = p.depth / Words::kElements, row_bytes = p.depth * sizeof(W);
-  const int64_t block = std::min(kBlockWords, words);
+  const int64_t block = std::min(Words::kBlock, words);  // of four panels: 72 KB of the L2 cache at most
   // Units are 64 outputs times all rows, or a part of the rows where that would leave threads idle at the end.
   const int64_t num_columns = (p.outputs + kUnit - 1) / kUnit;
   const int64_t max_parts = std::max<int64_t>(1, p.rows / kMinRows);
