@@ -46,7 +46,6 @@ class ExecutableStore:
     def __init__(self, folder: Path | None, key: str, device: jax.Device) -> None:
         self._device = device
         self._folder = None if folder is None else folder / key
-        self.num_loaded = 0
         self.num_compiled = 0
 
     def get(
@@ -59,7 +58,6 @@ class ExecutableStore:
         executable's call.
         """
         if (compiled := self._load(name, structure)) is not None:
-            self.num_loaded += 1
             return compiled
         compiled = compile_()
         self.num_compiled += 1

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jengine.protocol import CoreReady
 from jengine.request import SamplingParams
 from tests.oracles.core_pump import CorePump
 from tests.oracles.dummy_model import VOCAB_SIZE, write_dummy_model
@@ -238,10 +237,8 @@ def test_a_restart_compiles_nothing(tmp_path: Path) -> None:
     assert second.core.runner.programs.num_compiled == 0
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     assert first.alone([3, 4, 5], params) == second.alone([3, 4, 5], params)
-    ready = [m for m in second.messages if isinstance(m, CoreReady)]
     other = CorePump(folder, **(options | dict(num_pages=21)))  # another shape: another key
     assert other.core.runner.programs.num_compiled > 0
-    del ready
 
 
 def test_a_damaged_executable_is_compiled_again(tmp_path: Path) -> None:
