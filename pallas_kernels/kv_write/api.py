@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jengine.pallas_kernels import native
 from jengine.pallas_kernels.dispatch import first_of
 from jengine.pallas_kernels.kv_write import cpu_ffi, reference
+from jengine.pallas_kernels.platform import platform
 
 _write = first_of(cpu_ffi.kv_write, reference.kv_write)
 
@@ -35,5 +36,5 @@ def is_in_place(page_dtype: DTypeLike) -> bool:
     back around every update (100 ms a layer for 50 MB), and around every attention call that reads
     them. Keep float32 pages there.
     """
-    is_old_cpu = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
+    is_old_cpu = platform() == "cpu" and jax.__version_info__ < (0, 11)
     return not is_old_cpu or jnp.dtype(page_dtype) != jnp.bfloat16 or native.is_available()

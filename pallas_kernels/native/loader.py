@@ -10,6 +10,7 @@ import jax
 
 from jengine.config import is_native_disabled
 from jengine.pallas_kernels.native.build import NativeBuildError, build_library, find_compiler
+from jengine.pallas_kernels.platform import platform
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def is_available() -> bool:
 
 def require() -> None:
     """Refuse (see `dispatch.py`) unless this is a CPU with the library."""
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         raise NotImplementedError("the C++ kernels run on CPU")
     if not is_available():
         raise NotImplementedError(status().reason)

@@ -1,0 +1,34 @@
+"""Which platform the program being traced is for: back ends are chosen by it (`dispatch.py`)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import jax
+
+Platform = Literal["cpu", "cuda"]
+
+_target: ContextVar[Platform | None] = ContextVar("target_platform", default=None)
+
+
+def platform() -> str:
+    """ "cpu", "cuda", or JAX's own name of another back end."""
+    if (target := _target.get()) is not None:
+        return target
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend
+
+
+@contextmanager
+def tracing_for(target: Platform) -> Iterator[None]:
+    """Trace for `target` on a machine that may lack it, so that a test can compile its program.
+
+    Holds for this thread only. JAX keeps traces by function and shapes, not by this: trace a
+    function object for one platform only.
+    """
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
