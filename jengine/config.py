@@ -76,6 +76,7 @@ class SchedulerConfig:
     policy: Literal["fcfs", "priority"] = "fcfs"
     max_num_waiting: int = 4096
     async_scheduling: bool = True
+    max_decode_steps: int | None = None  # in one dispatch; None: the device decides
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +116,10 @@ class EngineConfig:
             "page_size": self.cache.page_size,
             "max_num_seqs": self.scheduler.max_num_seqs,
             "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
+            "max_decode_steps": self.scheduler.max_decode_steps,
         }
         for name, value in positive.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
             raise ValueError(

@@ -238,10 +238,15 @@ class Request:
     first_token_time: float | None = None
     finish_time: float | None = None
     seed: int = 0  # effective seed, 64 bits; never None
+    is_streamed: bool = True  # else the front end hears of it once, at its end
+    max_num_tokens: int = 0  # prompt and output tokens at which it ends; set on `Scheduler.add`
+    stop_ids: frozenset[int] = field(init=False)  # token ids that end it
 
     def __post_init__(self) -> None:
         if not self.token_ids:
             self.token_ids = list(self.prompt_token_ids)
+        eos = frozenset[int]() if self.sampling.ignore_eos else self.eos_token_ids
+        self.stop_ids = eos.union(self.sampling.stop_token_ids or ())
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -156,6 +156,12 @@ class KVManager:
             self._register(request, held, end)
         return tables
 
+    def has_room_ahead(self, num_requests: int, num_tokens: int) -> bool:
+        """Whether so many requests can be given `num_tokens` more tokens each, whatever pages they
+        have. Counts up to one page too many for each, which is cheaper than to look."""
+        num_pages = num_requests * -(-num_tokens // self.page_size)
+        return all(group.pool.num_free >= num_pages for group in self._groups)
+
     def free(self, request: Request) -> None:
         """Give everything back: finished, preempted, aborted, or never admitted.
 

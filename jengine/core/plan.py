@@ -16,7 +16,8 @@ class ScheduledRequest(msgspec.Struct, frozen=True, eq=False):
     faster.
 
     A token whose id the host does not know yet (`start + i >= request.num_tokens`) is the last one
-    sampled for `row`, and is read on the device.
+    sampled for `row`, and is read on the device. In a plan of several steps each of the tokens is
+    such a one, but perhaps the first, and the next is sampled after each.
     """
 
     request: Request
@@ -30,11 +31,20 @@ class ScheduledRequest(msgspec.Struct, frozen=True, eq=False):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. `scheduled` is never empty; `num_tokens` is the sum over it."""
+    """One dispatch. `scheduled` is never empty; `num_tokens` is the sum over it.
+
+    With `num_steps` > 1 the device runs that many decode steps before the host hears of any: every
+    request is a pure decode, has `num_steps` tokens here, and computes one of them in each step.
+    """
 
     step_id: int
     scheduled: tuple[ScheduledRequest, ...]
     num_tokens: int
+    num_steps: int = 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.num_tokens // self.num_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +64,10 @@ class StepResult:
     start + num_tokens` that is still inside the prompt, or None if the request did not ask.
     """
 
-    token_ids: Sequence[int]  # -1 where nothing was sampled
-    logprobs: Sequence[TokenLogprobs | None] | None = None
+    token_ids: Sequence[list[int]]  # one for each step; ignored where `samples` is false
+    logprobs: Sequence[TokenLogprobs | None] | None = None  # plans of one step only
     prompt_logprobs: Sequence[list[TokenLogprobs] | None] | None = None
-    failed: frozenset[int] = frozenset()  # indices whose logits were not finite
+    failed: frozenset[int] = frozenset()  # indices whose logits after `token_ids` were not finite
 
 
 class RequestUpdate(msgspec.Struct, frozen=True, eq=False):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from jengine.config import SchedulerConfig
 from jengine.core.kv_manager import KVManager, PageTables
+from jengine.core.limits import check_fits, finish_reason, max_num_tokens, num_decodes_ahead
 from jengine.core.page_pool import IntegrityError
 from jengine.core.plan import (
     RequestUpdate,
@@ -17,7 +18,7 @@ from jengine.core.plan import (
 )
 from jengine.core.queue import build_queue, precedence
 from jengine.core.stats import SchedulerStats
-from jengine.errors import DuplicateRequestError, InvalidRequestError, QueueFullError
+from jengine.errors import DuplicateRequestError, QueueFullError
 from jengine.request import FinishReason, Request, RequestStatus
 
 
@@ -31,7 +32,8 @@ class Scheduler:
     - a long prompt takes what is left of the budget, and goes on in the next step;
     - a prefix hit, or a preemption, only sets where the computed tokens start;
     - `schedule` counts its step as done, so it can be called again before `update` brings the
-      step's tokens. Those are pending: the device feeds them to the next step itself.
+      step's tokens. Those are pending: the device feeds them to the next step itself. For the same
+      reason one plan may hold several decode steps.
 
     `running` is in order of precedence (admission, or priority), and pages are taken back from its
     end only. So a request that is already in the plan is never preempted by the same plan.
@@ -43,6 +45,7 @@ class Scheduler:
         self._config = config
         self._kv = kv
         self._max_model_len = max_model_len
+        self._max_decode_steps = config.max_decode_steps or 1
         self._requests: dict[str, Request] = {}  # unfinished
         self._running: list[Request] = []
         self._waiting = build_queue(config.policy)
@@ -76,7 +79,6 @@ class Scheduler:
             num_pages_used=self._kv.num_pages_used,
             num_running=len(self._running),
             num_waiting=len(self._waiting),
-            num_steps=self._next_step_id,
         )
 
     def add(self, request: Request) -> None:
@@ -84,7 +86,12 @@ class Scheduler:
         fit, `QueueFullError`; then the request is not taken."""
         if request.request_id in self._requests:
             raise DuplicateRequestError(f"request {request.request_id!r} is already in flight")
-        self._check_fits(request)
+        request.max_num_tokens = max_num_tokens(request, self._max_model_len)
+        check_fits(
+            request,
+            self._max_model_len,
+            self._kv.max_request_tokens(self._config.max_num_batched_tokens),
+        )
         if len(self._waiting) >= self._config.max_num_waiting:
             raise QueueFullError(f"{len(self._waiting)} requests are waiting, which is the limit")
         self._requests[request.request_id] = request
@@ -106,7 +113,8 @@ class Scheduler:
         return finished
 
     def schedule(self) -> StepPlan | None:
-        """Plan one step, or None if nothing can run before the next `update` or `add`.
+        """Plan what is dispatched next, or None if nothing can run before the next `update` or
+        `add`.
 
         The caller dispatches the plan before it calls `schedule`, `update` or `abort` again.
 
@@ -114,14 +122,20 @@ class Scheduler:
         tokens or pages: then every running prompt has all its pages, and what is free is free.
         """
         scheduled: list[ScheduledRequest] = []
-        budget, all_served = self._schedule_running(scheduled)
-        if all_served:
-            budget = self._schedule_waiting(scheduled, budget)
+        num_steps = self._num_steps()
+        if num_steps > 1:
+            num_tokens = self._schedule_decodes(scheduled, num_steps)
+        else:
+            budget, all_served = self._schedule_running(scheduled)
+            if all_served:
+                budget = self._schedule_waiting(scheduled, budget)
+            num_tokens = self._config.max_num_batched_tokens - budget
         if not scheduled:
             return None
-        self._stats.scheduled_tokens = self._config.max_num_batched_tokens - budget
-        plan = StepPlan(self._next_step_id, tuple(scheduled), self._stats.scheduled_tokens)
+        plan = StepPlan(self._next_step_id, tuple(scheduled), num_tokens, num_steps)
         self._next_step_id += 1
+        self._stats.num_steps += num_steps
+        self._stats.scheduled_tokens = num_tokens
         return plan
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
@@ -136,7 +150,7 @@ class Scheduler:
             request = entry.request
             if request.is_finished:  # meanwhile; this step was planned before that was known
                 continue
-            update = self._update_request(index, entry, result, now)
+            update = self._update_request(index, entry, plan.num_steps, result, now)
             if update is not None:
                 updates.append(update)
                 any_finished |= request.is_finished
@@ -163,29 +177,40 @@ class Scheduler:
             raise IntegrityError("waiting prompt tokens are miscounted")
         self._kv.check_integrity({r.request_id for r in self._running})
 
-    def _check_fits(self, request: Request) -> None:
-        num_prompt_tokens = request.num_prompt_tokens
-        if num_prompt_tokens == 0:
-            raise InvalidRequestError("prompt", "must hold at least one token")
-        if num_prompt_tokens >= self._max_model_len:
-            raise InvalidRequestError(
-                "prompt",
-                f"holds {num_prompt_tokens} tokens; the model takes {self._max_model_len}, "
-                "of which at least one must be left for the output",
+    def _num_steps(self) -> int:
+        """How many decode steps the device may run before the host sees what they sampled.
+
+        More than one only while nobody waits who could be served: then no step in between would be
+        another one. Nobody is preempted for it, and no request runs past its length.
+        """
+        limit = self._max_decode_steps
+        if limit == 1 or (self._waiting and self._free_rows):
+            return 1
+        for request in self._running:
+            num_wanted = self._num_wanted_tokens(request)
+            if num_wanted > 1 or request.sampling.needs_host_tokens:
+                return 1
+            if num_wanted:
+                limit = min(limit, num_decodes_ahead(request))
+                if limit == 1:
+                    return 1
+        return limit if self._kv.has_room_ahead(len(self._running), limit) else 1
+
+    def _schedule_decodes(self, scheduled: list[ScheduledRequest], num_steps: int) -> int:
+        """`num_steps` tokens of every running request that wants one. Returns their number."""
+        for request in self._running:
+            if not self._num_wanted_tokens(request):
+                continue
+            tables = self._kv.allocate(request, num_steps)
+            if tables is None:
+                raise IntegrityError("there is no room for the steps planned ahead")
+            start = request.num_computed_tokens
+            request.num_computed_tokens += num_steps
+            request.num_pending_tokens += num_steps
+            scheduled.append(
+                ScheduledRequest(request, request.row, start, num_steps, tables, True, False)
             )
-        limit = self._kv.max_request_tokens(self._config.max_num_batched_tokens)
-        if num_prompt_tokens > limit:
-            raise InvalidRequestError(
-                "prompt", f"holds {num_prompt_tokens} tokens; the KV cache holds {limit}"
-            )
-        # The last token sampled is never computed. Without this check the request would preempt
-        # itself for ever, once alone with a pool that is too small for it.
-        if self._max_tokens(request) - 1 > limit:
-            raise InvalidRequestError(
-                "max_tokens",
-                f"{num_prompt_tokens} prompt tokens leave room for "
-                f"{limit - num_prompt_tokens + 1} in the KV cache, which holds {limit}",
-            )
+        return num_steps * len(scheduled)
 
     def _schedule_running(self, scheduled: list[ScheduledRequest]) -> tuple[int, bool]:
         """Returns the budget left, and whether every running request got all that it wanted."""
@@ -237,17 +262,10 @@ class Scheduler:
         num_pending = request.num_pending_tokens
         num_tokens = len(request.token_ids) + num_pending
         if num_pending and (
-            num_tokens >= self._max_tokens(request) or request.sampling.needs_host_tokens
+            num_tokens >= request.max_num_tokens or request.sampling.needs_host_tokens
         ):
             return 0  # it ends, or goes on, with what is on the device: see `update`
         return num_tokens - request.num_computed_tokens
-
-    def _max_tokens(self, request: Request) -> int:
-        """Prompt and output tokens at which the request ends."""
-        max_tokens = request.sampling.max_tokens
-        if max_tokens is None:
-            return self._max_model_len
-        return min(len(request.prompt_token_ids) + max_tokens, self._max_model_len)
 
     def _allocate_by_preempting(self, request: Request, num_tokens: int) -> PageTables | None:
         """None if the request, being the last, had to give way itself."""
@@ -303,32 +321,39 @@ class Scheduler:
         )
 
     def _update_request(
-        self, index: int, entry: ScheduledRequest, result: StepResult, now: float
+        self, index: int, entry: ScheduledRequest, num_steps: int, result: StepResult, now: float
     ) -> RequestUpdate | None:
         request = entry.request
-        if index in result.failed:
-            self._finish(request, FinishReason.ERROR, now)
-            return RequestUpdate(request, [])
-        prompt_logprobs = None
+        prompt_logprobs = logprobs = None
         if result.prompt_logprobs is not None:
             prompt_logprobs = self._unreported(entry, result.prompt_logprobs[index])
         if not entry.samples:
             if prompt_logprobs is None:
                 return None
             return RequestUpdate(request, [], prompt_logprobs=prompt_logprobs)
-        token_id = result.token_ids[index]
-        request.token_ids.append(token_id)
-        request.num_pending_tokens -= 1
-        self._stats.num_generation_tokens += 1
-        if request.first_token_time is None:
-            request.first_token_time = now
-        reason = self._finish_reason(request, token_id)
-        if reason is not None:
-            self._finish(request, reason, now)
-        logprobs = None
+        request.num_pending_tokens -= num_steps
+        token_ids = self._append(request, result.token_ids[index], now)
+        if index in result.failed and not request.is_finished:
+            self._finish(request, FinishReason.ERROR, now)
+        if not request.is_streamed:
+            return RequestUpdate(request, request.output_token_ids) if request.is_finished else None
         if result.logprobs is not None and (position := result.logprobs[index]) is not None:
             logprobs = [position]
-        return RequestUpdate(request, [token_id], logprobs, prompt_logprobs)
+        return RequestUpdate(request, token_ids, logprobs, prompt_logprobs)
+
+    def _append(self, request: Request, token_ids: list[int], now: float) -> list[int]:
+        """Take in what was sampled, up to the token that ends the request. Returns what is new."""
+        if token_ids and request.first_token_time is None:
+            request.first_token_time = now
+        for count, token_id in enumerate(token_ids, start=1):
+            request.token_ids.append(token_id)
+            reason = finish_reason(request, token_id)
+            if reason is not None:
+                self._finish(request, reason, now)
+                token_ids = token_ids[:count]
+                break
+        self._stats.num_generation_tokens += len(token_ids)
+        return token_ids
 
     def _unreported(
         self, entry: ScheduledRequest, chunk: list[TokenLogprobs] | None
@@ -344,19 +369,6 @@ class Scheduler:
             return None
         self._num_prompt_logprobs[request_id] = entry.start + len(chunk)
         return new
-
-    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        """Why the request ends with its newest token, if it does; sets `stop_reason`."""
-        sampling = request.sampling
-        if request.num_output_tokens >= sampling.min_tokens:
-            if token_id in request.eos_token_ids and not sampling.ignore_eos:
-                return FinishReason.STOP
-            if sampling.stop_token_ids and token_id in sampling.stop_token_ids:
-                request.stop_reason = token_id
-                return FinishReason.STOP
-        if len(request.token_ids) >= self._max_tokens(request):
-            return FinishReason.LENGTH
-        return None
 
     def _finish(self, request: Request, reason: FinishReason, now: float) -> None:
         """End a request and give back its pages and row at once, even if steps in flight still

@@ -38,7 +38,8 @@ def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
 def deliver(
     scheduler: Scheduler, plan: StepPlan, token: int = 7, **result: Any
 ) -> list[RequestUpdate]:
-    tokens = [token if entry.samples else -1 for entry in plan.scheduled]
+    failed = result.get("failed", ())
+    tokens = [[] if i in failed else [token] * plan.num_steps for i in range(len(plan.scheduled))]
     updates = scheduler.update(plan, StepResult(tokens, **result))
     scheduler.check_integrity()
     return updates

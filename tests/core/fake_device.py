@@ -9,6 +9,8 @@ prefix, was overwritten too early, or was never written changes the tokens (or r
 
 from collections.abc import Sequence
 
+from msgspec import structs
+
 from jengine.core.page_pool import NULL_PAGE
 from jengine.core.plan import ScheduledRequest, StepPlan, StepResult
 from jengine.kv_spec import KVGroup
@@ -49,9 +51,18 @@ class FakeDevice:
         self._last_token: dict[int, int] = {}  # row -> newest token sampled for it
 
     def dispatch(self, plan: StepPlan) -> StepResult:
-        hidden = [[mix(token) for token in self._tokens(entry)] for entry in plan.scheduled]
+        if plan.num_steps == 1:
+            return StepResult(self._step(plan.scheduled))
+        steps = [
+            self._step([structs.replace(e, start=e.start + i, num_tokens=1) for e in plan.scheduled])
+            for i in range(plan.num_steps)
+        ]
+        return StepResult([[ids[0] for ids in of_entry] for of_entry in zip(*steps, strict=True)])
+
+    def _step(self, scheduled: Sequence[ScheduledRequest]) -> list[list[int]]:
+        hidden = [[mix(token) for token in self._tokens(entry)] for entry in scheduled]
         for layer, group in self._layers:
-            for entry, values in zip(plan.scheduled, hidden, strict=True):
+            for entry, values in zip(scheduled, hidden, strict=True):
                 for i, value in enumerate(values):
                     position = entry.start + i
                     slot = self._slot(entry, layer, group, position)
@@ -61,15 +72,15 @@ class FakeDevice:
                     mix(value, *self._read(entry, layer, group, entry.start + i))
                     for i, value in enumerate(values)
                 ]
-                for entry, values in zip(plan.scheduled, hidden, strict=True)
+                for entry, values in zip(scheduled, hidden, strict=True)
             ]
         sampled = []
-        for entry, values in zip(plan.scheduled, hidden, strict=True):
+        for entry, values in zip(scheduled, hidden, strict=True):
             token = values[-1] % VOCAB if entry.samples else -1
             if entry.samples:
                 self._last_token[entry.row] = token
-            sampled.append(token)
-        return StepResult(sampled)
+            sampled.append([token])
+        return sampled
 
     def _tokens(self, entry: ScheduledRequest) -> list[int]:
         if entry.is_admitted:

@@ -83,6 +83,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
             max_num_batched_tokens=budget,
             max_num_seqs=min(budget, draw(st.integers(1, 6))),
             policy=draw(st.sampled_from(["fcfs", "priority"])),
+            max_decode_steps=draw(st.sampled_from([1, 2, 3, 8])),
         ),
         run_ahead=draw(st.integers(0, 2)),
         clients=tuple(clients),
@@ -186,7 +187,15 @@ class Simulation:
     def _check_plan(self, plan: StepPlan, sealed: list[set[int]]) -> None:
         config, page_size = self.scenario.config, self.scenario.page_size
         assert plan.num_tokens == sum(entry.num_tokens for entry in plan.scheduled)
-        assert 0 < plan.num_tokens <= config.max_num_batched_tokens
+        assert 0 < plan.tokens_per_step <= config.max_num_batched_tokens
+        assert 1 <= plan.num_steps <= (config.max_decode_steps or 1)
+        if plan.num_steps > 1:
+            for entry in plan.scheduled:
+                assert entry.num_tokens == plan.num_steps and entry.samples
+                assert not entry.is_admitted
+                assert entry.request.num_pending_tokens >= plan.num_steps
+                assert entry.start + plan.num_steps < MAX_MODEL_LEN
+                assert not entry.request.sampling.bad_word_ids
         rows = [entry.row for entry in plan.scheduled]
         assert len(set(rows)) == len(rows) <= config.max_num_seqs
         for index, group in enumerate(self.kv._groups):
