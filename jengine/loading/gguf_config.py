@@ -1,7 +1,7 @@
 """The config.json and generation_config.json that a GGUF file's metadata amounts to.
 
-Facts of llama.cpp's `llama` architecture (Llama, Mistral, SmolLM2), for the weight table in
-models/llama.py:
+Facts of llama.cpp's `llama` architecture (Llama, Mistral, SmolLM2), for the weight tables in
+models/:
 
     token_embd.weight    [V, D]    blk.{i}.attn_norm.weight    [D]
     output_norm.weight   [D]       blk.{i}.attn_q.weight       [N*H, D]   (rows permuted)
@@ -17,6 +17,9 @@ Shapes are row-major, [out, in], as in Hugging Face. The rows of attn_q and attn
 biases) are permuted within each head: the converter stores x.reshape(heads, 2, H/2, D).swapaxes(1,
 2), so that the two halves which Hugging Face rotates together lie side by side; x.reshape(heads,
 H/2, 2, D).swapaxes(1, 2) undoes it.
+
+`qwen3` adds blk.{i}.attn_q_norm.weight and blk.{i}.attn_k_norm.weight, both [H], and permutes
+nothing.
 """
 
 from collections.abc import Mapping
@@ -27,7 +30,7 @@ import numpy as np
 from jengine.errors import LoadError
 from jengine.loading.gguf_source import GGUFFile, GGUFSource
 
-ARCHITECTURES = ("llama",)
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 LLAMA3_ORIGINAL_CONTEXT = 8192  # of every Llama 3; the file does not say
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_FREQS_TOLERANCE = 1e-4  # relative; the factors are stored as f32
@@ -72,8 +75,8 @@ def hf_config_from_gguf(file: GGUFFile) -> dict[str, Any]:
             f"{architecture}.rope.dimension_count is not the head size {head_dim}: not supported"
         )
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[architecture]],
+        "model_type": architecture,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": keys.need("feed_forward_length"),
@@ -119,20 +122,20 @@ class _Keys:
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
         self._metadata = metadata
-        self._prefix = architecture
+        self.prefix = architecture
 
     def get(self, key: str, default: Any = None) -> Any:
-        value = self._metadata.get(f"{self._prefix}.{key}", default)
+        value = self._metadata.get(f"{self.prefix}.{key}", default)
         if isinstance(value, list):
             if len(set(value)) != 1:
-                raise LoadError(f"{self._prefix}.{key} differs between layers: not supported")
+                raise LoadError(f"{self.prefix}.{key} differs between layers: not supported")
             return value[0]
         return value
 
     def need(self, key: str) -> Any:
         value = self.get(key)
         if value is None:
-            raise LoadError(f"the GGUF file has no metadata key '{self._prefix}.{key}'")
+            raise LoadError(f"the GGUF file has no metadata key '{self.prefix}.{key}'")
         return value
 
 
@@ -150,7 +153,7 @@ def _rope_scaling(file: GGUFFile, keys: _Keys, config: Mapping[str, Any]) -> dic
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     if kind not in ("none", "linear"):
         raise LoadError(
-            f"llama.rope.scaling.type {kind!r} is not supported; known: none, linear, yarn"
+            f"{keys.prefix}.rope.scaling.type {kind!r} is not supported; known: none, linear, yarn"
         )
     # Before scaling.type existed, scale_linear alone said it.
     return {"rope_type": "linear", "factor": factor} if factor not in (0.0, 1.0) else None

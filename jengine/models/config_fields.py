@@ -40,13 +40,15 @@ class ConfigFields:
 
     def layer_windows(self, num_layers: int) -> tuple[int | None, ...]:
         """Window of each layer, None for full attention: from `layer_types`, else `sliding_window`
-        for all.
+        for all but the first `max_window_layers` (despite its name: those attend fully).
         """
         window = self._hf.get("sliding_window")
         kinds = self._hf.get("layer_types")
         if kinds is None:
-            use = self._hf.get("use_sliding_window", True)
-            return (window if use else None,) * num_layers
+            if not self._hf.get("use_sliding_window", True):
+                window = None
+            full = self._hf.get("max_window_layers") or 0
+            return tuple(None if i < full else window for i in range(num_layers))
         if len(kinds) != num_layers:
             raise LoadError(
                 f"config field 'layer_types' has {len(kinds)} entries for {num_layers} layers"

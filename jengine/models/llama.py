@@ -15,6 +15,13 @@ from jengine.layers.norm import RMSNorm
 from jengine.layers.rope import RopeTable, apply_rope, build_rope, rope_cos_sin
 from jengine.loading.rules import WeightRule, WeightTable
 from jengine.models.config_fields import ConfigFields
+from jengine.models.decoder_weights import (
+    TensorNames,
+    linear_rules,
+    names_of,
+    undo_rotary_pairs,
+    weight_rule,
+)
 from jengine.pallas_kernels.silu_mul.api import silu_mul
 
 
@@ -107,7 +114,8 @@ class LlamaAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         T, N, K, H = x_TD.shape[0], self.heads, self.kv_heads, self.head_dim
         qkv_TNH = self.qkv_proj(x_TD, metadata.num_tokens).reshape(T, N + 2 * K, H)
-        qk_TNH = apply_rope(qkv_TNH[:, : N + K], cos, sin)
+        qk_TNH = self.before_rope(qkv_TNH[:, : N + K], metadata.num_tokens)
+        qk_TNH = apply_rope(qk_TNH, cos, sin)
         out_TNH, kv_pages = paged_attention(
             qk_TNH[:, :N],
             qk_TNH[:, N:].astype(self.kv_dtype),
@@ -119,6 +127,11 @@ class LlamaAttention(nnx.Module):
             scale=H**-0.5,
         )
         return self.o_proj(out_TNH.reshape(T, N * H), metadata.num_tokens), kv_pages
+
+    def before_rope(self, qk_TNH: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """What a family does to the heads of q, then k, before they rotate. Here: nothing."""
+        del num_tokens
+        return qk_TNH
 
 
 class LlamaMLP(nnx.Module):
@@ -142,13 +155,13 @@ class LlamaMLP(nnx.Module):
 
 
 class LlamaDecoderLayer(nnx.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block around an attention and an MLP of any family."""
 
-    def __init__(self, cfg: LlamaConfig, layer: int) -> None:
+    def __init__(self, cfg: LlamaConfig, self_attn: nnx.Module, mlp: nnx.Module) -> None:
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
-        self.self_attn = LlamaAttention(cfg, layer)
+        self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
-        self.mlp = LlamaMLP(cfg)
+        self.mlp = mlp
 
     def __call__(
         self,
@@ -177,7 +190,7 @@ class LlamaForCausalLM(nnx.Module):
         self.cfg = cfg
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, cfg.dtype)
         self.layers = nnx.List(
-            [LlamaDecoderLayer(cfg, layer) for layer in range(cfg.num_hidden_layers)]
+            [self.decoder_layer(cfg, layer) for layer in range(cfg.num_hidden_layers)]
         )
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
         self.lm_head = (
@@ -204,12 +217,23 @@ class LlamaForCausalLM(nnx.Module):
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
     @staticmethod
+    def decoder_layer(cfg: LlamaConfig, layer: int) -> LlamaDecoderLayer:
+        """The parts that a family puts into each layer."""
+        return LlamaDecoderLayer(cfg, LlamaAttention(cfg, layer), LlamaMLP(cfg))
+
+    @staticmethod
     def kv_specs(cfg: LlamaConfig) -> tuple[KVSpec, ...]:
         return tuple(kv_spec(cfg, layer) for layer in range(cfg.num_hidden_layers))
 
     @staticmethod
     def weight_table(cfg: LlamaConfig, dialect: str) -> WeightTable:
-        return gguf_weights(cfg) if dialect == "gguf" else hf_weights(cfg)
+        names = names_of(dialect)
+        rules = (
+            *frame_rules(cfg, names),
+            *attention_rules(cfg, names, rotary_pairs=dialect == "gguf"),
+            *mlp_rules(cfg, names),
+        )
+        return WeightTable(rules, ignored_tensors(cfg, names))
 
 
 def kv_spec(cfg: LlamaConfig, layer: int) -> KVSpec:
@@ -223,99 +247,46 @@ def kv_spec(cfg: LlamaConfig, layer: int) -> KVSpec:
     )
 
 
-def hf_weights(cfg: LlamaConfig) -> WeightTable:
-    """Hugging Face tensor names."""
-    attn, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-    return _weights(
-        cfg,
-        embed="model.embed_tokens",
-        norm="model.norm",
-        head="lm_head",
-        layer={
-            "input_layernorm": "model.layers.{i}.input_layernorm",
-            "post_attention_layernorm": "model.layers.{i}.post_attention_layernorm",
-            "q": attn + "q_proj",
-            "k": attn + "k_proj",
-            "v": attn + "v_proj",
-            "o": attn + "o_proj",
-            "gate": mlp + "gate_proj",
-            "up": mlp + "up_proj",
-            "down": mlp + "down_proj",
-        },
-        rotary_transform=lambda heads: None,
-        ignored=("*.rotary_emb.inv_freq",),
-    )
-
-
-def gguf_weights(cfg: LlamaConfig) -> WeightTable:
-    """GGUF tensor names. llama.cpp stores each rotary pair of q and k rows side by side."""
-
-    def undo_pairs(heads: int) -> Any:
-        def transform(rows: np.ndarray) -> np.ndarray:
-            paired = rows.reshape(heads, cfg.head_dim // 2, 2, *rows.shape[1:])
-            return paired.swapaxes(1, 2).reshape(rows.shape)
-
-        return transform
-
-    return _weights(
-        cfg,
-        embed="token_embd",
-        norm="output_norm",
-        head="output",
-        layer={
-            "input_layernorm": "blk.{i}.attn_norm",
-            "post_attention_layernorm": "blk.{i}.ffn_norm",
-            "q": "blk.{i}.attn_q",
-            "k": "blk.{i}.attn_k",
-            "v": "blk.{i}.attn_v",
-            "o": "blk.{i}.attn_output",
-            "gate": "blk.{i}.ffn_gate",
-            "up": "blk.{i}.ffn_up",
-            "down": "blk.{i}.ffn_down",
-        },
-        rotary_transform=undo_pairs,
-        ignored=("rope_freqs.weight",),
-    )
-
-
-def _weights(
-    cfg: LlamaConfig,
-    *,
-    embed: str,
-    norm: str,
-    head: str,
-    layer: Mapping[str, str],
-    rotary_transform: Any,
-    ignored: tuple[str, ...],
-) -> WeightTable:
-    D, F, H = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
-    NH, KH = cfg.num_attention_heads * H, cfg.num_key_value_heads * H
-    undo_q = rotary_transform(cfg.num_attention_heads)
-    undo_k = rotary_transform(cfg.num_key_value_heads)
-    attn, mlp = "layers.{i}.self_attn.", "layers.{i}.mlp."
-    fused = [  # (source, target, rows, columns, first row, transform, has a bias)
-        (layer["q"], attn + "qkv_proj", NH, D, 0, undo_q, cfg.attention_bias),
-        (layer["k"], attn + "qkv_proj", KH, D, NH, undo_k, cfg.attention_bias),
-        (layer["v"], attn + "qkv_proj", KH, D, NH + KH, None, cfg.attention_bias),
-        (layer["o"], attn + "o_proj", D, NH, 0, None, cfg.attention_out_bias),
-        (layer["gate"], mlp + "gate_up_proj", F, D, 0, None, cfg.mlp_bias),
-        (layer["up"], mlp + "gate_up_proj", F, D, F, None, cfg.mlp_bias),
-        (layer["down"], mlp + "down_proj", D, F, 0, None, cfg.mlp_bias),
-    ]
+def frame_rules(cfg: LlamaConfig, names: TensorNames) -> list[WeightRule]:
+    """What surrounds attention and MLP: embedding, norms, head."""
+    V, D = cfg.vocab_size, cfg.hidden_size
     rules = [
-        WeightRule(embed + ".weight", "embed_tokens.weight", (cfg.vocab_size, D)),
-        WeightRule(norm + ".weight", "norm.weight", (D,)),
+        weight_rule(names.embed, "embed_tokens", V, D),
+        weight_rule(names.norm, "norm", D),
+        weight_rule(names.input_norm, "layers.{i}.input_layernorm", D),
+        weight_rule(names.post_attention_norm, "layers.{i}.post_attention_layernorm", D),
     ]
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        rules.append(WeightRule(layer[name] + ".weight", f"layers.{{i}}.{name}.weight", (D,)))
-    for source, target, rows, columns, offset, transform, has_bias in fused:
-        rules.append(
-            WeightRule(source + ".weight", target + ".weight", (rows, columns), offset, transform)
-        )
-        if has_bias:
-            rules.append(WeightRule(source + ".bias", target + ".bias", (rows,), offset, transform))
-    if cfg.tie_word_embeddings:  # some files repeat the tied matrix
-        ignored = (*ignored, head + ".weight")
-    else:
-        rules.append(WeightRule(head + ".weight", "lm_head.weight", (cfg.vocab_size, D)))
-    return WeightTable(tuple(rules), ignored)
+    if not cfg.tie_word_embeddings:
+        rules.append(weight_rule(names.head, "lm_head", V, D))
+    return rules
+
+
+def ignored_tensors(cfg: LlamaConfig, names: TensorNames) -> tuple[str, ...]:
+    """Some files repeat the tied matrix."""
+    return (*names.ignored, names.head + ".weight") if cfg.tie_word_embeddings else names.ignored
+
+
+def attention_rules(
+    cfg: LlamaConfig, names: TensorNames, *, rotary_pairs: bool = False
+) -> list[WeightRule]:
+    """`rotary_pairs`: the checkpoint keeps the two rows that rotate together side by side."""
+    D, H, bias = cfg.hidden_size, cfg.head_dim, cfg.attention_bias
+    N, K = cfg.num_attention_heads, cfg.num_key_value_heads
+    undo_q, undo_k = (undo_rotary_pairs(n, H) if rotary_pairs else None for n in (N, K))
+    qkv, o = "layers.{i}.self_attn.qkv_proj", "layers.{i}.self_attn.o_proj"
+    return [
+        *linear_rules(names.q, qkv, N * H, D, bias=bias, transform=undo_q),
+        *linear_rules(names.k, qkv, K * H, D, bias=bias, offset=N * H, transform=undo_k),
+        *linear_rules(names.v, qkv, K * H, D, bias=bias, offset=(N + K) * H),
+        *linear_rules(names.o, o, D, N * H, bias=cfg.attention_out_bias),
+    ]
+
+
+def mlp_rules(cfg: LlamaConfig, names: TensorNames) -> list[WeightRule]:
+    D, F, bias = cfg.hidden_size, cfg.intermediate_size, cfg.mlp_bias
+    gate_up, down = "layers.{i}.mlp.gate_up_proj", "layers.{i}.mlp.down_proj"
+    return [
+        *linear_rules(names.gate, gate_up, F, D, bias=bias),
+        *linear_rules(names.up, gate_up, F, D, bias=bias, offset=F),
+        *linear_rules(names.down, down, D, F, bias=bias),
+    ]

@@ -10,6 +10,7 @@ ARCHITECTURES: dict[str, str] = {
     "LlamaForCausalLM": "jengine.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "jengine.models.llama:LlamaForCausalLM",
     "MinistralForCausalLM": "jengine.models.llama:LlamaForCausalLM",
+    "Qwen3ForCausalLM": "jengine.models.qwen3:Qwen3ForCausalLM",
 }
 
 

@@ -1,10 +1,11 @@
 """GGUF metadata -> config.json: the way back from a converted model, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from jengine.errors import LoadError
 from jengine.loading.gguf_config import (
@@ -61,6 +62,18 @@ def test_config_survives_conversion(tmp_path: Path, name: str) -> None:
         assert config[field] == getattr(model.config, field), field
     # transformers itself understands the result.
     again = LlamaConfig(**{k: v for k, v in config.items() if k != "model_type"})
+    assert again.rope_parameters == model.config.rope_parameters
+
+
+def test_qwen3_config_survives_conversion(tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(head_dim=32, tie_word_embeddings=True, rope_theta=1e6)
+    model = make_tiny_llama(tmp_path / "hf", family="Qwen3", **options)
+    write_llama_gguf(tmp_path / "x.gguf", model)
+    config = hf_config_from_gguf(GGUFFile(tmp_path / "x.gguf"))
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    for field in set(FIELDS) - {"mlp_bias"}:
+        assert config[field] == getattr(model.config, field), field
+    again = Qwen3Config(**{k: v for k, v in config.items() if k != "model_type"})
     assert again.rope_parameters == model.config.rope_parameters
 
 
@@ -137,8 +150,8 @@ def test_what_is_not_supported_is_named(tmp_path: Path, change: dict, message: s
 
 def test_other_architectures_are_named(tmp_path: Path) -> None:
     tensors = {"token_embd.weight": (np.zeros((4, 4), np.float32), QuantType.F32)}
-    write_gguf(tmp_path / "x.gguf", {}, tensors, architecture="qwen3")
-    with pytest.raises(LoadError, match="architecture 'qwen3' is not supported; known: llama"):
+    write_gguf(tmp_path / "x.gguf", {}, tensors, architecture="falcon")
+    with pytest.raises(LoadError, match="architecture 'falcon' is not supported; known: llama"):
         hf_config_from_gguf(GGUFFile(tmp_path / "x.gguf"))
 
 

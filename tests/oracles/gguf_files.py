@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 from tests.oracles.tiny_llama import BOS, CHAT_TEMPLATE, EOS, PAD, train_tiny_tokenizer
 
 QuantType = gguf.GGMLQuantizationType
-NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 100)
+NAMES = {
+    "llama": gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 100),
+    "qwen3": gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 100),
+}
 NORMAL_TOKEN, CONTROL_TOKEN = 1, 3
 
 
@@ -55,33 +58,36 @@ def random_blocks(
 def write_llama_gguf(
     path: Path, model: PreTrainedModel, kind: gguf.GGMLQuantizationType = QuantType.F32
 ) -> dict[str, np.ndarray]:
-    """Convert a transformers Llama as llama.cpp's converter does, with the tiny tokenizer.
+    """Convert a transformers Llama or Qwen3 as llama.cpp's converter does, with the tiny tokenizer.
 
     Returns what each tensor holds in Hugging Face's naming and order of rows, after quantisation.
     """
     config: Any = model.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    permuted: dict[str, int] = {}  # projection -> heads; the other architectures permute nothing
+    if config.model_type == "llama":
+        permuted = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors, expected = {}, {}
     for name, value in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = value.float().numpy()
         stored_as = QuantType.F32 if array.ndim == 1 else kind
-        num_heads = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
+        num_heads = permuted.get(name.split(".")[-2])
         stored = array if num_heads is None else permute(array, num_heads)
         data = quantize(stored, stored_as)
-        tensors[gguf_name(name)] = (data, stored_as)
+        tensors[gguf_name(name, config.model_type)] = (data, stored_as)
         values = dequantize(data, stored_as)
         expected[name] = values if num_heads is None else undo_permute(values, num_heads)
     metadata = llama_metadata(config)
     rope = config.rope_parameters
     if rope["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = (llama3_divisors(config), QuantType.F32)
-    write_gguf(path, {**metadata, **tokenizer_metadata()}, tensors)
+    write_gguf(path, {**metadata, **tokenizer_metadata()}, tensors, config.model_type)
     return expected
 
 
 def llama_metadata(config: Any) -> dict[str, Any]:
+    """The keys of a Llama; a Qwen3 has the same ones under its own prefix."""
     rope = config.rope_parameters
     head_dim = config.head_dim
     metadata = {
@@ -104,7 +110,7 @@ def llama_metadata(config: Any) -> dict[str, Any]:
     if rope["rope_type"] == "yarn":
         original = rope["original_max_position_embeddings"]
         metadata["llama.rope.scaling.original_context_length"] = original
-    return metadata
+    return {key.replace("llama", config.model_type, 1): v for key, v in metadata.items()}
 
 
 def tokenizer_metadata() -> dict[str, Any]:
@@ -161,9 +167,9 @@ def llama3_divisors(config: Any) -> np.ndarray:
     return np.array(divisors, np.float32)
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str = "llama") -> str:
     """Hugging Face's tensor name -> GGUF's, by the library's own table."""
-    found = NAMES.get_name(name, try_suffixes=(".weight", ".bias"))
+    found = NAMES[architecture].get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise KeyError(name)
     return found
