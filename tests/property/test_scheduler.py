@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jengine.config import SchedulerConfig
 from jengine.core.kv_manager import KVManager
-from jengine.core.plan import StepPlan
+from jengine.core.plan import StepPlan, StepResult
 from jengine.core.scheduler import Scheduler
 from jengine.request import FinishReason, Request
 from tests.core.factories import EOS, make_groups, make_kv, make_request, record_allocations
@@ -103,6 +103,7 @@ def test_tokens_equal_one_request_at_a_time(scenario: Scenario) -> None:
     stats = simulation.scheduler.stats()
     event(f"preemptions: {min(stats.num_preemptions, 3)}")
     event(f"prefix hits: {stats.prefix_hits > 0}")
+    event(f"plans of several steps: {min(simulation.num_long_plans, 3)}")
 
 
 def test_simulation_reaches_the_hard_cases() -> None:
@@ -118,6 +119,27 @@ def test_simulation_reaches_the_hard_cases() -> None:
             assert stats.num_preemptions > 0
             assert stats.prefix_hits > 0
             assert clients[2].request.finish_reason is FinishReason.ABORT
+
+
+def test_simulation_reaches_the_hard_cases_of_several_steps() -> None:
+    """Plans of several steps beside preemptions, and stops in their middle."""
+    for run_ahead in (0, 1, 2):
+        config = SchedulerConfig(max_num_batched_tokens=9, max_num_seqs=4, max_decode_steps=4)
+        clients = tuple(_crowd())
+        scenario = Scenario((None, 5), 2, 4, True, config, run_ahead, clients, timing_seed=0)
+        simulation = Simulation(scenario)
+        simulation.run()
+        assert simulation.scheduler.stats().num_preemptions > 0
+        assert simulation.num_long_plans > 3
+        stops = [naive_tokens((None, 5), [3, i], 20)[9] for i in range(9)]
+        clients = tuple(
+            Client(make_request(str(i), [3, i], max_tokens=20, stop_token_ids=[stop]), i, None)
+            for i, stop in enumerate(stops)
+        )
+        scenario = Scenario((None, 5), 2, 99, True, config, run_ahead, clients, timing_seed=0)
+        simulation = Simulation(scenario)
+        simulation.run()
+        assert simulation.num_cut_plans > 0
 
 
 def _crowd() -> Iterator[Client]:
@@ -138,6 +160,8 @@ class Simulation:
         self.scheduler = Scheduler(scenario.config, self.kv, MAX_MODEL_LEN)
         self.fresh = [record_allocations(group.pool) for group in self.kv._groups]
         self.device = FakeDevice(make_groups(scenario.windows, scenario.page_size))
+        self.num_long_plans = 0  # of several steps
+        self.num_cut_plans = 0  # of those, in which a request ended before its last token
 
     def run(self) -> None:
         scenario, scheduler = self.scenario, self.scheduler
@@ -157,8 +181,7 @@ class Simulation:
             while in_flight and (
                 len(in_flight) > scenario.run_ahead or plan is None or timing.random() < 0.2
             ):
-                for update in scheduler.update(*in_flight.popleft()):
-                    streams[update.request.request_id] += update.new_token_ids
+                self._update(*in_flight.popleft(), streams)
                 if plan is None:
                     break
             scheduler.check_integrity()
@@ -169,6 +192,13 @@ class Simulation:
         self._check_outputs(streams)
         assert scheduler.is_idle
         assert self.kv.num_pages_used == 0
+
+    def _update(self, plan: StepPlan, result: StepResult, streams: dict[str, list[int]]) -> None:
+        is_long = plan.num_steps > 1
+        self.num_long_plans += is_long
+        for update in self.scheduler.update(plan, result):
+            streams[update.request.request_id] += update.new_token_ids
+            self.num_cut_plans += is_long and 0 < len(update.new_token_ids) < plan.num_steps
 
     def _arrive_and_abort(self, step: int) -> None:
         for client in self.scenario.clients:
@@ -191,11 +221,14 @@ class Simulation:
         assert 1 <= plan.num_steps <= (config.max_decode_steps or 1)
         if plan.num_steps > 1:
             for entry in plan.scheduled:
-                assert entry.num_tokens == plan.num_steps and entry.samples
-                assert not entry.is_admitted
-                assert entry.request.num_pending_tokens >= plan.num_steps
-                assert entry.start + plan.num_steps < MAX_MODEL_LEN
-                assert not entry.request.sampling.bad_word_ids
+                sampling, num_prompt = entry.request.sampling, entry.request.num_prompt_tokens
+                assert entry.num_tokens == plan.num_steps
+                assert entry.samples and not entry.is_admitted and not sampling.bad_word_ids
+                newest = entry.start + plan.num_steps  # the position of the last token sampled
+                assert newest < MAX_MODEL_LEN
+                assert sampling.max_tokens is None or newest < num_prompt + sampling.max_tokens
+                first, min_tokens = entry.start + 1 - num_prompt, sampling.min_tokens
+                assert not first < min_tokens < newest + 1 - num_prompt, "a ban ends in a plan"
         rows = [entry.row for entry in plan.scheduled]
         assert len(set(rows)) == len(rows) <= config.max_num_seqs
         for index, group in enumerate(self.kv._groups):
