@@ -10,6 +10,8 @@ from typing import Any, Literal, Self
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
+_MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
 
 def cache_root() -> Path:
     """The user's cache folder of jengine: `$JENGINE_CACHE`, else `$XDG_CACHE_HOME/jengine`, else
@@ -30,6 +32,24 @@ def is_native_disabled() -> bool:
     path.
     """
     return os.environ.get("JENGINE_NATIVE", "1") == "0"
+
+
+def xla_flags() -> str:
+    """The user's flags for every compilation; part of the key of stored executables."""
+    return os.environ.get("XLA_FLAGS", "")
+
+
+def device_memory_share() -> float:
+    """The share of a GPU's memory that XLA's allocator takes: as the environment says, else XLA's
+    own default.
+    """
+    return float(next((s for n in _MEMORY_SHARE if (s := os.environ.get(n))), 0.75))
+
+
+def set_device_memory_share(share: float) -> None:
+    """For a back end that has not started yet. What the user has set stands."""
+    if not any(os.environ.get(name) for name in _MEMORY_SHARE):
+        os.environ[_MEMORY_SHARE[0]] = f"{share:.4f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +105,10 @@ class CompileConfig:
 
     cache_dir: str | None = None  # None: cache_root() / "executables"
     keep_executables: bool = True
-    compile_threads: int = 2
+    compile_threads: int | None = None  # None: 8 on a GPU, 2 on a CPU, or as many as there are
+    # Serve as soon as every plan has a bucket, and compile the other buckets meanwhile. None: on a
+    # GPU only, since on a CPU compiling takes the very cores that serve.
+    background_compile: bool | None = None
     decode_buckets: tuple[int, ...] = ()  # () = powers of two up to max_num_seqs
     prefill_buckets: tuple[int, ...] = ()  # () = the default ladder up to max_num_batched_tokens
 
