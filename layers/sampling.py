@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.argmax_rows.api import argmax_rows
+from jengine.pallas_kernels.top_k_rows.api import top_k_rows
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +91,7 @@ def logprobs(logits_SV: jax.Array, ids_S: jax.Array, num_top: int, wanted: jax.A
         logp_SV = jax.nn.log_softmax(logits_SV, axis=-1)
         chosen_S = jnp.take_along_axis(logp_SV, ids_S[:, None], axis=1)[:, 0]
         rank_S = jnp.sum(logp_SV > chosen_S[:, None], axis=-1, dtype=jnp.int32) + 1
-        top_values, top_ids = jax.lax.top_k(logp_SV, num_top)
+        top_values, top_ids = top_k_rows(logp_SV, num_top)
         return Logprobs(chosen_S, rank_S, top_ids, top_values)
 
     def skip() -> Logprobs:

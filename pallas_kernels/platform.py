@@ -32,3 +32,9 @@ def tracing_for(target: Platform) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+def require_cuda() -> None:
+    """Refuse (see `dispatch.py`) unless the program is for an NVIDIA GPU."""
+    if platform() != "cuda":
+        raise NotImplementedError("runs on NVIDIA GPUs")

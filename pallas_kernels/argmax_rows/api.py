@@ -2,10 +2,10 @@
 
 import jax
 
-from jengine.pallas_kernels.argmax_rows import cpu_ffi, reference
+from jengine.pallas_kernels.argmax_rows import cpu_ffi, reference, xla_gpu
 from jengine.pallas_kernels.dispatch import first_of
 
-_argmax = first_of(cpu_ffi.argmax_rows, reference.argmax_rows)
+_argmax = first_of(cpu_ffi.argmax_rows, xla_gpu.argmax_rows, reference.argmax_rows)
 
 
 def argmax_rows(logits_SV: jax.Array) -> jax.Array:
