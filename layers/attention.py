@@ -25,6 +25,7 @@ class AttentionMetadata:
     page_tables: tuple[jax.Array, ...]  # per group, i32[S, pages_per_seq]
     slots: tuple[jax.Array, ...]  # per group, i32[T]; negative: nowhere
     group_of_layer: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    is_decode: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def paged_attention(
@@ -58,6 +59,7 @@ def paged_attention(
         window=spec.window,
         soft_cap=soft_cap,
         sinks_N=sinks_N,
+        is_decode=metadata.is_decode,
     )
     return out, kv_pages
 

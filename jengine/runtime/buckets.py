@@ -13,29 +13,48 @@ class Bucket:
     num_tokens: int
     num_seqs: int
 
+    @property
+    def is_decode(self) -> bool:
+        """Holds only steps with one token of each sequence: their kernels are simpler."""
+        return self.num_tokens == self.num_seqs
+
     def __str__(self) -> str:
         return f"{self.num_tokens}x{self.num_seqs}"
 
 
-def build_buckets(compile_config: CompileConfig, scheduler: SchedulerConfig) -> tuple[Bucket, ...]:
-    """Decode buckets (one token a sequence, powers of two) and mixed buckets (every sequence,
-    growing by four).
+FEW_SEQS = 4  # prefill of few sequences: most of its sampling rows would be padding
 
-    The largest mixed bucket is the scheduler's token budget, so that every plan has a bucket.
+
+def build_buckets(
+    compile_config: CompileConfig, scheduler: SchedulerConfig, growth: int = 4
+) -> tuple[Bucket, ...]:
+    """Decode buckets (one token a sequence, powers of two) and mixed buckets (any plan), whose
+    tokens grow by `growth` up to the scheduler's budget: every plan has a bucket.
+
+    Small steps of few sequences have mixed buckets of their own where `growth` is fine: a prompt of
+    100 tokens must not pay for 500.
     """
     most_seqs, budget = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+    few = min(FEW_SEQS, most_seqs)
     decode = compile_config.decode_buckets or powers_of_two(most_seqs)
-    mixed = compile_config.prefill_buckets or tuple(
-        n for n in (budget // 16, budget // 4, budget) if n > most_seqs or n == budget
-    )
-    if max(decode) < most_seqs or max(mixed) < budget:
+    sizes = compile_config.prefill_buckets or _ladder(budget, most_seqs, growth)
+    if max(decode) < most_seqs or max(sizes) < budget:
         raise ValueError(
             f"buckets must cover max_num_seqs ({most_seqs}) and max_num_batched_tokens ({budget})"
         )
-    few = min(4, most_seqs)  # prefill of few sequences: most of its sampling rows would be padding
-    buckets = {Bucket(n, n) for n in decode}
-    buckets |= {Bucket(n, s) for n in mixed for s in (few, most_seqs)}
+    # A mixed bucket has more tokens than sequences, or it would be a decode bucket.
+    largest = max(*sizes, most_seqs + 1)
+    buckets = {Bucket(n, n) for n in decode} | {Bucket(largest, most_seqs)}
+    buckets |= {Bucket(n, s) for n in sizes for s in (few, most_seqs) if n > s}
     return tuple(sorted(buckets))
+
+
+def _ladder(budget: int, most_seqs: int, growth: int) -> tuple[int, ...]:
+    smallest = max(budget // 128, 64) if growth == 2 else max(budget // 16, most_seqs + 1)
+    sizes = [budget]
+    while sizes[-1] // growth >= smallest:
+        sizes.append(sizes[-1] // growth)
+    return tuple(sizes)
 
 
 def powers_of_two(limit: int) -> tuple[int, ...]:
@@ -47,6 +66,7 @@ def powers_of_two(limit: int) -> tuple[int, ...]:
 def pick_bucket(buckets: Sequence[Bucket], num_tokens: int, num_seqs: int) -> Bucket:
     """The cheapest bucket that holds the step; `buckets` is sorted."""
     for bucket in buckets:
-        if bucket.num_tokens >= num_tokens and bucket.num_seqs >= num_seqs:
+        fits = bucket.num_tokens >= num_tokens and bucket.num_seqs >= num_seqs
+        if fits and (num_tokens == num_seqs or not bucket.is_decode):
             return bucket
     raise ValueError(f"no bucket holds {num_tokens} tokens in {num_seqs} sequences")

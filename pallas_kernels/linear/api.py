@@ -4,9 +4,9 @@ import jax
 from jax.typing import DTypeLike
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.linear import cpu_ffi, reference
+from jengine.pallas_kernels.linear import cpu_ffi, reference, xla_gpu
 
-_linear = first_of(cpu_ffi.linear, reference.linear)
+_linear = first_of(cpu_ffi.linear, xla_gpu.linear, reference.linear)
 
 
 def linear(

@@ -5,9 +5,13 @@ decode alike.
 import jax
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.ragged_paged_attention import cpu_ffi, reference
+from jengine.pallas_kernels.ragged_paged_attention import cpu_ffi, reference, triton_gpu
 
-_attention = first_of(cpu_ffi.ragged_paged_attention, reference.ragged_paged_attention)
+_attention = first_of(
+    cpu_ffi.ragged_paged_attention,
+    triton_gpu.ragged_paged_attention,
+    reference.ragged_paged_attention,
+)
 
 
 def ragged_paged_attention(
@@ -22,6 +26,7 @@ def ragged_paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
+    is_decode: bool = False,
 ) -> jax.Array:
     """Return [T, N, H] in `q.dtype`.
 
@@ -32,9 +37,10 @@ def ragged_paged_attention(
     unused slots may hold NaN.
 
     Scores are `soft_cap * tanh(q.k * scale / soft_cap)`; `sinks` adds one logit per head to the
-    softmax's sum. Rows past the last token are finite, otherwise unspecified. The bits of a row
-    depend on its own sequence only, not on T, S, its neighbours or how the prompt was cut into
-    chunks.
+    softmax's sum. `is_decode` promises that every sequence has one new token. Rows past the last
+    token are finite, otherwise unspecified. The bits of a row depend on its own sequence only, not
+    on T, S, its neighbours or how the prompt was cut into chunks; on GPUs they do depend on whether
+    it is alone in its step (one kernel) or has others beside it (another).
     """
     return _attention(
         q_TNH,
@@ -47,4 +53,5 @@ def ragged_paged_attention(
         window=window,
         soft_cap=soft_cap,
         sinks_N=sinks_N,
+        is_decode=is_decode,
     )

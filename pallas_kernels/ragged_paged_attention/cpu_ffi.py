@@ -24,7 +24,9 @@ def ragged_paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
+    is_decode: bool = False,
 ) -> jax.Array:
+    del is_decode  # the same code for both
     H = q_TNH.shape[2]
     if q_TNH.dtype not in DTYPES or kv_pages_PB2KH.dtype not in DTYPES:
         raise NotImplementedError(f"{q_TNH.dtype} queries, {kv_pages_PB2KH.dtype} pages")

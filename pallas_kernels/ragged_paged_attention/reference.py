@@ -29,7 +29,9 @@ def ragged_paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
+    is_decode: bool = False,
 ) -> jax.Array:
+    del is_decode  # the same code for both
     T, N, H = q_TNH.shape
     B, K = kv_pages_PB2KH.shape[1], kv_pages_PB2KH.shape[3]
     block_pages = max(1, KV_BLOCK // B)

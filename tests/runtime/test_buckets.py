@@ -21,15 +21,27 @@ def test_powers_of_two_end_with_the_limit() -> None:
     assert powers_of_two(48) == (1, 2, 4, 8, 16, 32, 48)
 
 
-@given(st.integers(1, 300), st.integers(0, 2000), st.data())
-def test_every_plan_has_a_bucket(max_num_seqs: int, extra: int, data: st.DataObject) -> None:
+def test_fine_ladder_has_small_prompts() -> None:
+    scheduler = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=2048)
+    mixed = [str(b) for b in build_buckets(CompileConfig(), scheduler, growth=2) if not b.is_decode]
+    assert mixed == [
+        "64x4", "128x4", "256x4", "512x4", "512x256", "1024x4", "1024x256", "2048x4", "2048x256",
+    ]  # fmt: skip
+
+
+@given(st.integers(1, 300), st.integers(0, 2000), st.sampled_from((2, 4)), st.data())
+def test_every_plan_has_a_bucket(
+    max_num_seqs: int, extra: int, growth: int, data: st.DataObject
+) -> None:
     budget = max_num_seqs + extra
     scheduler = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-    buckets = build_buckets(CompileConfig(), scheduler)
+    buckets = build_buckets(CompileConfig(), scheduler, growth)
     num_seqs = data.draw(st.integers(1, max_num_seqs))
     num_tokens = data.draw(st.integers(num_seqs, budget))
     picked = pick_bucket(buckets, num_tokens, num_seqs)
     fits = [b for b in buckets if b.num_tokens >= num_tokens and b.num_seqs >= num_seqs]
+    if num_tokens > num_seqs:  # decode buckets take one token of each sequence
+        fits = [b for b in fits if b.num_tokens > b.num_seqs]
     assert picked == min(fits)
     if num_tokens == num_seqs:  # decode: at most twice the work
         assert picked.num_tokens < 2 * num_tokens or num_tokens == 1

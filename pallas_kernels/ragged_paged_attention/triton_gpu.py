@@ -1,0 +1,200 @@
+"""Ragged paged attention on NVIDIA GPUs (`triton_kernels.py`)."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jengine.pallas_kernels.platform import require_cuda
+from jengine.pallas_kernels.ragged_paged_attention.work import (
+    MAX_SPLITS,
+    Splits,
+    Tiles,
+    plan_splits,
+    plan_tiles,
+)
+from jengine.pallas_kernels.triton_call import Schedule, triton_call
+
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_HEAD_DIM = 512
+NUM_MULTIPROCESSORS = 132
+MATRIX_ROWS = 16  # fewest rows that the matrix unit takes
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Sizes of one kernel: rows of queries, keys of a block, and how it is compiled."""
+
+    rows: int
+    block: int
+    schedule: Schedule
+    programs_per_multiprocessor: int = 1
+
+
+def decode_tiling(head_dim: int, itemsize: int) -> Tiling:
+    """Keeps about 100 KiB of keys and values in flight on each multiprocessor."""
+    if itemsize == 4 or head_dim > 256:
+        return Tiling(MATRIX_ROWS, 32, Schedule(4, 2), 2)
+    if head_dim > 128:
+        return Tiling(MATRIX_ROWS, 32, Schedule(4, 3), 2)
+    return Tiling(MATRIX_ROWS, 64, Schedule(4, 3), 2)
+
+
+def tile_tiling(head_dim: int, itemsize: int) -> Tiling:
+    if itemsize == 4 or head_dim > 256:
+        return Tiling(32, 32, Schedule(4, 2))
+    if head_dim > 128:
+        return Tiling(64, 64, Schedule(4, 2))
+    return Tiling(128, 64, Schedule(8, 3))
+
+
+def tile_queries(group: int, head_dim: int, itemsize: int) -> int:
+    """Queries in a tile: its rows hold the heads of one KV head for each."""
+    return max(1, tile_tiling(head_dim, itemsize).rows // _power_of_two(group))
+
+
+def ragged_paged_attention(
+    q_TNH: jax.Array,
+    kv_pages_PB2KH: jax.Array,
+    page_table_SM: jax.Array,
+    cu_q_lens_S1: jax.Array,
+    kv_lens_S: jax.Array,
+    num_seqs: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_N: jax.Array | None = None,
+    is_decode: bool = False,
+) -> jax.Array:
+    T, N, H = q_TNH.shape
+    K, dtype = kv_pages_PB2KH.shape[3], kv_pages_PB2KH.dtype
+    if q_TNH.dtype not in DTYPES or dtype not in DTYPES:
+        raise NotImplementedError(f"{q_TNH.dtype} queries, {dtype} pages")
+    if H > MAX_HEAD_DIM or H % 8:
+        raise NotImplementedError(f"head dim {H}: must be a multiple of 8 up to {MAX_HEAD_DIM}")
+    require_cuda()
+    num_seqs = jnp.asarray(num_seqs, jnp.int32)
+    splits = plan_splits(cu_q_lens_S1, kv_lens_S, num_seqs, window)
+    sinks_N = kv_lens_S if sinks_N is None else sinks_N.astype(jnp.float32)
+    constants = {
+        "N": N,
+        "K": K,
+        "H": H,
+        "HP": _power_of_two(H),
+        "B": kv_pages_PB2KH.shape[1],
+        "M": page_table_SM.shape[1],
+        "SCALE": float(scale),
+        "SOFT_CAP": float(soft_cap or 0.0),
+        "HAS_SINKS": sinks_N.dtype == jnp.float32,
+        # Float32 means float32: not TF32, which is Triton's default.
+        "PRECISION": "ieee",
+        "WIDE": q_TNH.dtype != dtype or dtype == jnp.float32,
+    }
+    prior_TNH = None
+    if not is_decode:
+        queries = tile_queries(N // K, H, dtype.itemsize)
+        tiles = plan_tiles(cu_q_lens_S1, kv_lens_S, num_seqs, T, queries)
+        prior_TNH = _attend_tiles(
+            q_TNH, kv_pages_PB2KH, page_table_SM, tiles, sinks_N, window, constants
+        )
+    return _decode(
+        q_TNH, kv_pages_PB2KH, page_table_SM, cu_q_lens_S1, splits, sinks_N, prior_TNH, constants
+    )
+
+
+def _attend_tiles(
+    q_TNH: jax.Array,
+    kv_pages: jax.Array,
+    page_table_SM: jax.Array,
+    tiles: Tiles,
+    sinks_N: jax.Array,
+    window: int | None,
+    constants: dict[str, object],
+) -> jax.Array:
+    from jengine.pallas_kernels.ragged_paged_attention.triton_kernels import attend_tile
+
+    _, N, H = q_TNH.shape
+    K = kv_pages.shape[3]
+    tiling = tile_tiling(H, kv_pages.dtype.itemsize)
+    group = _power_of_two(N // K)
+    return triton_call(
+        attend_tile,
+        (q_TNH, kv_pages, page_table_SM, tiles.items, tiles.count, sinks_N),
+        [jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype)],
+        grid=(tiles.items.shape[0] * K,),
+        constants=constants
+        | {
+            "GP": group,
+            "ROWS": max(tiling.rows, group),
+            "BLOCK": tiling.block,
+            "WINDOW": window or 0,
+        },
+        schedule=tiling.schedule,
+    )[0]
+
+
+def _decode(
+    q_TNH: jax.Array,
+    kv_pages: jax.Array,
+    page_table_SM: jax.Array,
+    cu_q_lens_S1: jax.Array,
+    splits: Splits,
+    sinks_N: jax.Array,
+    prior_TNH: jax.Array | None,
+    constants: dict[str, object],
+) -> jax.Array:
+    """Rows of sequences with one new token. Consumes `prior`, which holds those of the others."""
+    from jengine.pallas_kernels.ragged_paged_attention.triton_kernels import (
+        combine_splits,
+        decode_split,
+    )
+
+    _, N, H = q_TNH.shape
+    K = kv_pages.shape[3]
+    tiling = decode_tiling(H, kv_pages.dtype.itemsize)
+    group = max(tiling.rows, _power_of_two(N // K))
+    W, S = splits.items.shape[0], page_table_SM.shape[0]
+    num_programs = min(W * K, NUM_MULTIPROCESSORS * tiling.programs_per_multiprocessor)
+    out, acc, m, total = triton_call(
+        decode_split,
+        (
+            q_TNH,
+            kv_pages,
+            page_table_SM,
+            cu_q_lens_S1,
+            splits.items,
+            splits.count,
+            sinks_N,
+            q_TNH if prior_TNH is None else prior_TNH,
+        ),
+        [
+            jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype),
+            jax.ShapeDtypeStruct((W, N, H), jnp.float32),
+            jax.ShapeDtypeStruct((W, N), jnp.float32),
+            jax.ShapeDtypeStruct((W, N), jnp.float32),
+        ],
+        grid=(num_programs,),
+        constants=constants | {"GP": group, "BLOCK": tiling.block, "NUM_PROGRAMS": num_programs},
+        schedule=tiling.schedule,
+        aliases={} if prior_TNH is None else {7: 0},
+    )
+    return triton_call(
+        combine_splits,
+        (acc, m, total, splits.first, cu_q_lens_S1, sinks_N, out),
+        [jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype)],
+        grid=(S, K),
+        constants={name: constants[name] for name in ("N", "K", "H", "HP", "HAS_SINKS")}
+        | {
+            "GP": _power_of_two(N // K),
+            "MAX_SPLITS": MAX_SPLITS,
+            "IS_DECODE": prior_TNH is None,
+        },
+        schedule=Schedule(4, 1),
+        aliases={6: 0},
+    )[0]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << math.ceil(math.log2(n))

@@ -1,0 +1,279 @@
+"""Triton kernels of ragged paged attention. Imported only where a program for a GPU is traced.
+
+Softmax runs in base 2. `m` is the running maximum, `total` the running sum, `acc` the unnormalised
+output (flash attention, arXiv:2205.14135).
+"""
+
+import triton
+import triton.language as tl
+
+NEVER = tl.constexpr(-1.0e30)  # score of a key that is not seen: finite, so that no NaN arises
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_block(
+    kv_ptr,
+    table_ptr,  # of this sequence
+    at,  # [keys] positions
+    is_live,  # [keys]
+    offsets_h,  # [HP]
+    head,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    B: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Keys and values [keys, HP] at `at`; zero where not live: unused slots hold NaN."""
+    page = tl.load(table_ptr + at // B, mask=is_live, other=0).to(tl.int64)
+    row = (page * B + at % B) * (2 * K * H) + head * H
+    mask = is_live[:, None] & (offsets_h < H)[None, :]
+    k = tl.load(kv_ptr + row[:, None] + offsets_h[None, :], mask=mask, other=0.0)
+    v = tl.load(kv_ptr + row[:, None] + offsets_h[None, :] + K * H, mask=mask, other=0.0)
+    return k.to(DTYPE), v.to(DTYPE)
+
+
+@triton.jit
+def attend_block(
+    q,  # [rows, HP]
+    k,  # [keys, HP]
+    v,  # [keys, HP]
+    is_seen,  # [rows, keys], or None: every row sees every key
+    m,
+    total,
+    acc,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One step of the online softmax."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFT_CAP == 0.0:
+        to_log2: tl.constexpr = SCALE * LOG2_E
+    else:
+        # cap * tanh(s * scale / cap), with tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        s = 1.0 - 2.0 / (tl.exp2(s * (2 * SCALE / SOFT_CAP * LOG2_E)) + 1.0)
+        to_log2: tl.constexpr = SOFT_CAP * LOG2_E
+    if is_seen is not None:
+        s = tl.where(is_seen, s, NEVER)
+    m_new = tl.maximum(m, tl.max(s, 1) * to_log2)
+    p = tl.exp2(s * to_log2 - m_new[:, None])
+    if is_seen is not None:
+        p = tl.where(is_seen, p, 0.0)  # a row that has seen nothing yet: exp2(NEVER - NEVER) = 1
+    decay = tl.exp2(m - m_new)
+    total = total * decay + tl.sum(p, 1)
+    acc = acc * decay[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return m_new, total, acc
+
+
+@triton.jit
+def finish(m, total, acc, sink, HAS_SINKS: tl.constexpr):
+    """The output rows. A sink is one more logit in the sum, without a value."""
+    if HAS_SINKS:
+        m_all = tl.maximum(m, sink * LOG2_E)
+        decay = tl.exp2(m - m_all)
+        total = total * decay + tl.exp2(sink * LOG2_E - m_all)
+        acc = acc * decay[:, None]
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
+def decode_split(
+    q_ptr,  # [T, N, H]
+    kv_ptr,  # [P, B, 2, K, H]
+    table_ptr,  # i32[S, M]
+    token_ptr,  # i32[S + 1]: the token of a sequence
+    work_ptr,  # i32[W, 4]: sequence, first position, end, number of splits of the sequence
+    num_work_ptr,  # i32[1]
+    sinks_ptr,  # f32[N], or anything
+    prior_ptr,  # [T, N, H]: aliased to out where another kernel wrote some of its rows
+    # outputs
+    out_ptr,  # [T, N, H]; written here for a sequence of one split
+    acc_ptr,  # f32[W, N, H]
+    m_ptr,  # f32[W, N]
+    l_ptr,  # f32[W, N]
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    HP: tl.constexpr,  # H, rounded up to a power of two
+    GP: tl.constexpr,  # N // K, rounded up to a power of two and to what the matrix unit takes
+    B: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,  # multiply in float32
+    NUM_PROGRAMS: tl.constexpr,
+):
+    """The newest token of a sequence against one split of its context, for one KV head."""
+    G: tl.constexpr = N // K
+    DTYPE: tl.constexpr = tl.float32 if WIDE else kv_ptr.dtype.element_ty
+    rows = tl.arange(0, GP)
+    offsets_h = tl.arange(0, HP)
+    in_tile = (rows < G)[:, None] & (offsets_h < H)[None, :]
+    num_items = tl.load(num_work_ptr) * K
+    for item in range(tl.program_id(0), num_items, NUM_PROGRAMS):
+        work = item // K
+        head = item % K
+        sequence = tl.load(work_ptr + work * 4)
+        begin = tl.load(work_ptr + work * 4 + 1)
+        end = tl.load(work_ptr + work * 4 + 2)
+        num_splits = tl.load(work_ptr + work * 4 + 3)
+        token = tl.load(token_ptr + sequence)
+        heads = head * G + rows
+        q_offsets = (token * N + heads)[:, None] * H + offsets_h[None, :]
+        q = tl.load(q_ptr + q_offsets, mask=in_tile, other=0.0).to(DTYPE)
+        m = tl.full([GP], NEVER, tl.float32)
+        total = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, HP], tl.float32)
+        for start in range(begin // BLOCK * BLOCK, end, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            is_live = (at >= begin) & (at < end)
+            k, v = load_block(
+                kv_ptr, table_ptr + sequence * M, at, is_live, offsets_h, head, K, H, B, DTYPE
+            )
+            is_seen = is_live[None, :]
+            m, total, acc = attend_block(
+                q, k, v, is_seen, m, total, acc, SCALE, SOFT_CAP, PRECISION
+            )
+        if num_splits == 1:
+            sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else m
+            out = finish(m, total, acc, sink, HAS_SINKS)
+            tl.store(out_ptr + q_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+        else:
+            partial = work * N + heads
+            tl.store(acc_ptr + partial[:, None] * H + offsets_h[None, :], acc, mask=in_tile)
+            tl.store(m_ptr + partial, m, mask=rows < G)
+            tl.store(l_ptr + partial, total, mask=rows < G)
+
+
+@triton.jit
+def combine_splits(
+    acc_ptr,  # f32[W, N, H]
+    m_ptr,  # f32[W, N]
+    l_ptr,  # f32[W, N]
+    first_ptr,  # i32[S + 1]: first work item of a sequence
+    token_ptr,  # i32[S + 1]
+    sinks_ptr,  # f32[N], or anything
+    partial_ptr,  # [T, N, H], becomes out
+    # outputs
+    out_ptr,  # [T, N, H]
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    GP: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    IS_DECODE: tl.constexpr,  # rows without work are padding, and become zero
+    HAS_SINKS: tl.constexpr,
+):
+    """Add up the splits of a sequence, always in the same order, for the heads of one KV head."""
+    G: tl.constexpr = N // K
+    sequence = tl.program_id(0)
+    first = tl.load(first_ptr + sequence)
+    num_splits = tl.load(first_ptr + sequence + 1) - first
+    rows = tl.arange(0, GP)
+    offsets_h = tl.arange(0, HP)
+    heads = tl.program_id(1) * G + rows
+    in_tile = (rows < G)[:, None] & (offsets_h < H)[None, :]
+    # In a decode step sequence s is token s, padding included: `token_ptr` ends with the last one.
+    token = sequence if IS_DECODE else tl.load(token_ptr + sequence)
+    out_offsets = (token * N + heads)[:, None] * H + offsets_h[None, :]
+    if num_splits > 1:
+        splits = tl.arange(0, MAX_SPLITS)
+        at = (first + splits)[:, None] * N + heads[None, :]
+        is_split = (splits < num_splits)[:, None] & (rows < G)[None, :]
+        m_all = tl.load(m_ptr + at, mask=is_split, other=NEVER)
+        m = tl.max(m_all, 0)
+        total = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, HP], tl.float32)
+        for split in range(num_splits):
+            partial = (first + split) * N + heads
+            weight = tl.exp2(tl.load(m_ptr + partial, mask=rows < G, other=NEVER) - m)
+            total += tl.load(l_ptr + partial, mask=rows < G, other=0.0) * weight
+            part = tl.load(
+                acc_ptr + partial[:, None] * H + offsets_h[None, :], mask=in_tile, other=0.0
+            )
+            acc += part * weight[:, None]
+        sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else m
+        out = finish(m, total, acc, sink, HAS_SINKS)
+        tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+    if IS_DECODE:  # noqa: SIM102
+        if num_splits == 0:
+            zero = tl.zeros([GP, HP], tl.float32)
+            tl.store(out_ptr + out_offsets, zero.to(out_ptr.dtype.element_ty), mask=in_tile)
+
+
+@triton.jit
+def attend_tile(
+    q_ptr,  # [T, N, H]
+    kv_ptr,  # [P, B, 2, K, H]
+    table_ptr,  # i32[S, M]
+    tiles_ptr,  # i32[W, 4]: sequence, first token, number of queries, position of the first
+    num_tiles_ptr,  # i32[1]
+    sinks_ptr,  # f32[N], or anything
+    # outputs
+    out_ptr,  # [T, N, H]
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    GP: tl.constexpr,  # N // K, rounded up to a power of two
+    B: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0: none
+    HAS_SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,  # multiply in float32
+):
+    """A tile of consecutive queries of one sequence, for one KV head: row r is query r // GP."""
+    G: tl.constexpr = N // K
+    DTYPE: tl.constexpr = tl.float32 if WIDE else kv_ptr.dtype.element_ty
+    tile = tl.program_id(0) // K
+    head = tl.program_id(0) % K
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    sequence = tl.load(tiles_ptr + tile * 4)
+    first_token = tl.load(tiles_ptr + tile * 4 + 1)
+    num_queries = tl.load(tiles_ptr + tile * 4 + 2)
+    first_position = tl.load(tiles_ptr + tile * 4 + 3)
+    rows = tl.arange(0, ROWS)
+    offsets_h = tl.arange(0, HP)
+    is_row = (rows // GP < num_queries) & (rows % GP < G)
+    in_tile = is_row[:, None] & (offsets_h < H)[None, :]
+    heads = head * G + rows % GP
+    q_offsets = ((first_token + rows // GP) * N + heads)[:, None] * H + offsets_h[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=in_tile, other=0.0).to(DTYPE)
+    position = first_position + rows // GP
+    end = first_position + num_queries
+    begin = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK * BLOCK if WINDOW > 0 else 0
+    # Blocks before `masked` are seen whole by every row.
+    masked = begin if WINDOW > 0 else (first_position + 1) // BLOCK * BLOCK
+    table_ptr += sequence * M
+    m = tl.full([ROWS], NEVER, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HP], tl.float32)
+    for start in range(begin, masked, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        k, v = load_block(kv_ptr, table_ptr, at, at >= 0, offsets_h, head, K, H, B, DTYPE)
+        m, total, acc = attend_block(q, k, v, None, m, total, acc, SCALE, SOFT_CAP, PRECISION)
+    for start in range(masked, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        is_live = at < end
+        if WINDOW > 0:
+            is_live = is_live & (at > first_position - WINDOW)
+        k, v = load_block(kv_ptr, table_ptr, at, is_live, offsets_h, head, K, H, B, DTYPE)
+        is_seen = at[None, :] <= position[:, None]
+        if WINDOW > 0:
+            is_seen = is_seen & (at[None, :] > position[:, None] - WINDOW)
+        m, total, acc = attend_block(q, k, v, is_seen, m, total, acc, SCALE, SOFT_CAP, PRECISION)
+    sink = tl.load(sinks_ptr + heads, mask=is_row, other=0.0) if HAS_SINKS else m
+    out = finish(m, total, acc, sink, HAS_SINKS)
+    tl.store(out_ptr + q_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)

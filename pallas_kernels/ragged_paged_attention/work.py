@@ -1,0 +1,120 @@
+"""What the GPU kernels of one step have to do, worked out on the device.
+
+Every layer asks for it anew; XLA computes it once, for the requests are equal.
+
+A sequence with one new token is cut along its context into splits (`decode_split`), one with more
+into tiles of queries (`attend_tile`). How a row is cut depends on its own length alone, never on
+the batch, so its sums are formed in the same order in any company.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MIN_SPLIT = 256  # positions
+MAX_SPLITS = 32
+
+
+class Splits(NamedTuple):
+    """The contexts of sequences with one new token, cut into splits."""
+
+    items: jax.Array  # i32[W, 4]: sequence, first position, end, number of splits of the sequence
+    count: jax.Array  # i32[1]
+    first: jax.Array  # i32[S + 1]; sequence s owns splits first[s]:first[s + 1]
+
+
+class Tiles(NamedTuple):
+    """The other sequences' new tokens, cut into tiles of queries; then the padding."""
+
+    items: jax.Array  # i32[W, 4]: sequence, first token, number of queries, position of the first
+    count: jax.Array  # i32[1]
+
+
+def plan_splits(
+    cu_q_lens_S1: jax.Array, kv_lens_S: jax.Array, num_seqs: jax.Array, window: int | None
+) -> Splits:
+    """Splits of the sequences with one new token."""
+    S = kv_lens_S.shape[0]
+    is_decode_S = (jnp.diff(cu_q_lens_S1) == 1) & (jnp.arange(S, dtype=jnp.int32) < num_seqs)
+    begin_S = jnp.zeros_like(kv_lens_S)
+    if window is not None:
+        begin_S = jnp.maximum(kv_lens_S - window, 0)
+    size_S = split_size(kv_lens_S)
+    first_page_S, last_page_S = begin_S // size_S, -(-kv_lens_S // size_S)
+    count_S = jnp.where(is_decode_S, last_page_S - first_page_S, 0)
+    first_S1 = _exclusive_sums(count_S)
+    item_W = jnp.arange(S * MAX_SPLITS, dtype=jnp.int32)
+    sequence_W = _owner(first_S1, item_W)
+    size_W = size_S[sequence_W]
+    start_W = (item_W - first_S1[sequence_W] + first_page_S[sequence_W]) * size_W
+    items = jnp.stack(
+        [
+            sequence_W,
+            jnp.maximum(start_W, begin_S[sequence_W]),
+            jnp.minimum(start_W + size_W, kv_lens_S[sequence_W]),
+            count_S[sequence_W],
+        ],
+        axis=1,
+    )
+    return Splits(items, first_S1[-1:], first_S1)
+
+
+def split_size(kv_lens_S: jax.Array) -> jax.Array:
+    """Positions in a split: a power of two that gives at most `MAX_SPLITS` of them."""
+    size_S = jnp.full_like(kv_lens_S, MIN_SPLIT)
+    for power in range(MIN_SPLIT.bit_length(), 26):
+        half = 1 << (power - 1)
+        size_S = jnp.where(kv_lens_S > half * MAX_SPLITS, 1 << power, size_S)
+    return size_S
+
+
+def plan_tiles(
+    cu_q_lens_S1: jax.Array,
+    kv_lens_S: jax.Array,
+    num_seqs: jax.Array,
+    num_tokens: int,
+    tile_queries: int,
+) -> Tiles:
+    """Tiles of the sequences with several new tokens, and of the padding after the last token.
+
+    The last tiles of a prompt see most keys: they come first, so that no long tile starts last.
+    """
+    S = kv_lens_S.shape[0]
+    q_lens_S = jnp.where(jnp.arange(S, dtype=jnp.int32) < num_seqs, jnp.diff(cu_q_lens_S1), 0)
+    used = jnp.sum(q_lens_S)
+    num_padding = num_tokens - used
+    lens_S1 = jnp.append(jnp.where(q_lens_S > 1, q_lens_S, 0), num_padding)
+    starts_S1 = jnp.append(cu_q_lens_S1[:-1], used)
+    positions_S1 = jnp.append(kv_lens_S - q_lens_S, -num_padding)
+    first_S2 = _exclusive_sums(-(-lens_S1 // tile_queries))
+    total = first_S2[-1]
+    item_W = total - 1 - jnp.arange(max_tiles(num_tokens, S, tile_queries), dtype=jnp.int32)
+    sequence_W = _owner(first_S2, item_W)
+    done_W = (item_W - first_S2[sequence_W]) * tile_queries
+    queries_W = jnp.minimum(lens_S1[sequence_W] - done_W, tile_queries)
+    is_padding_W = sequence_W == S
+    items = jnp.stack(
+        [
+            jnp.where(is_padding_W, 0, sequence_W),
+            starts_S1[sequence_W] + done_W,
+            queries_W,
+            jnp.where(is_padding_W, -queries_W, positions_S1[sequence_W] + done_W),
+        ],
+        axis=1,
+    )
+    return Tiles(items, total[None])
+
+
+def max_tiles(num_tokens: int, num_seqs: int, tile_queries: int) -> int:
+    """Most tiles of `num_tokens` in `num_seqs` sequences and a stretch of padding."""
+    return num_tokens // tile_queries + num_seqs + 1
+
+
+def _exclusive_sums(count_S: jax.Array) -> jax.Array:
+    return jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(count_S, dtype=jnp.int32)])
+
+
+def _owner(first_S1: jax.Array, item_W: jax.Array) -> jax.Array:
+    """The sequence that an item belongs to; for items past the end, the last one."""
+    return jnp.sum(first_S1[None, 1:-1] <= item_W[:, None], axis=1, dtype=jnp.int32)
