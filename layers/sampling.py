@@ -151,8 +151,14 @@ def _sample_special(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs
     greedy_S = inputs.temperature == 0.0
     best_S = argmax_rows(x_SV)
     x_SV = x_SV / jnp.where(greedy_S, 1.0, inputs.temperature)[:, None]
-    x_SV = jax.lax.cond(inputs.any_truncated, lambda: _truncate(x_SV, inputs), lambda: x_SV)
-    drawn_S = argmax_rows(x_SV + _gumbel(inputs, x_SV.shape[1]))
+    # A threshold, not the cut rows: those would be copied where nothing is cut.
+    lowest_S = jax.lax.cond(
+        inputs.any_truncated,
+        lambda: _lowest_kept(x_SV, inputs),
+        lambda: jnp.full_like(inputs.temperature, -jnp.inf),
+    )
+    noisy_SV = x_SV + _gumbel(inputs, x_SV.shape[1])
+    drawn_S = argmax_rows(jnp.where(x_SV >= lowest_S[:, None], noisy_SV, -jnp.inf))
     return jnp.where(greedy_S, best_S, drawn_S)
 
 
@@ -176,16 +182,17 @@ def _adjust(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> jax
     return x_SV - inputs.presence[:, None] * (counts_SV > 0).astype(jnp.float32)
 
 
-def _truncate(x_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    peak_S1 = jnp.max(x_SV, axis=-1, keepdims=True)
-    floor_S1 = peak_S1 + jnp.log(inputs.min_p)[:, None]  # log(0) = -inf keeps all
-    x_SV = jnp.where(x_SV >= floor_S1, x_SV, -jnp.inf)
+def _lowest_kept(x_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """f32[S]: the least value that min_p, then top_k, then top_p leave in each row."""
+    floor_S = jnp.max(x_SV, axis=-1) + jnp.log(inputs.min_p)  # log(0) = -inf keeps all
+    x_SV = jnp.where(x_SV >= floor_S[:, None], x_SV, -jnp.inf)
     vocab_size = x_SV.shape[1]
     k_S = jnp.where(inputs.top_k == 0, vocab_size, jnp.minimum(inputs.top_k, vocab_size))
-    x_SV = jnp.where(x_SV >= top_k_threshold(x_SV, k_S)[:, None], x_SV, -jnp.inf)
+    kth_S = top_k_threshold(x_SV, k_S)
+    x_SV = jnp.where(x_SV >= kth_S[:, None], x_SV, -jnp.inf)
     # Rounding may leave the whole row's sum just under 1, so p = 1 must bypass the search.
     t_S = jnp.where(inputs.top_p < 1.0, top_p_threshold(x_SV, inputs.top_p), -jnp.inf)
-    return jnp.where(x_SV >= t_S[:, None], x_SV, -jnp.inf)
+    return jnp.maximum(jnp.maximum(floor_S, kth_S), t_S)
 
 
 def _gumbel(inputs: SamplingInputs, vocab_size: int) -> jax.Array:
