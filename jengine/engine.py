@@ -108,7 +108,10 @@ class EngineCore:
                 f"fewer than max_model_len={self.runner.max_model_len}: "
                 "lower max_model_len or give it more memory"
             )
-        self.scheduler = Scheduler(self._config.scheduler, kv, self.runner.max_model_len)
+        scheduler = dataclasses.replace(
+            self._config.scheduler, max_decode_steps=self.runner.max_decode_steps
+        )
+        self.scheduler = Scheduler(scheduler, kv, self.runner.max_model_len)
         self.runner.warm_up()
         plan = self.runner.memory_plan()
         self._emit(
@@ -134,7 +137,7 @@ class EngineCore:
         if plan is not None:
             handle = self.runner.dispatch(plan)
             self._in_flight.append(handle)
-            self._padded_tokens = handle.bucket.num_tokens
+            self._padded_tokens = handle.bucket.num_tokens * plan.num_steps
         if self._in_flight and (plan is None or len(self._in_flight) == self._depth):
             handle = self._in_flight.popleft()
             updates = self.scheduler.update(handle.plan, self.runner.collect(handle))

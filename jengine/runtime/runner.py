@@ -18,11 +18,13 @@ from jengine.layers.sampling import RowState
 from jengine.models.loader import LoadedModel
 from jengine.runtime import memory
 from jengine.runtime.aot import ExecutableStore, executable_key
-from jengine.runtime.batch import BatchLayout, PageTableMirror, build_batch, is_adjusted
+from jengine.runtime.batch import BatchLayout, HostBatch, build_batch
 from jengine.runtime.buckets import Bucket, build_buckets, pick_bucket
+from jengine.runtime.decode_steps import choose_max_decode_steps
 from jengine.runtime.forward import build_forward
 from jengine.runtime.programs import SET_ROW, Programs
-from jengine.runtime.results import PromptScorer, read_logprobs
+from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
+from jengine.runtime.row_mirror import RowMirror, is_adjusted
 from jengine.runtime.step import KV, StepOutput, StepSpec, build_step
 
 DEFAULT_TOP = (
@@ -36,6 +38,7 @@ class StepHandle:
 
     plan: StepPlan
     bucket: Bucket
+    batch: HostBatch
     output: StepOutput
 
 
@@ -59,15 +62,20 @@ class ModelRunner:
         )
         self.spec = StepSpec(graphdef, jax.tree.structure(state), self.groups, num_top)
         self.buckets = build_buckets(config.compile, config.scheduler)
+        self.max_decode_steps = config.scheduler.max_decode_steps or choose_max_decode_steps(
+            device.platform, _num_bytes(self.leaves)
+        )
         self.num_pages = self._plan_pages()
         self.kv: KV = self._init_kv()
         self.rows = self._init_rows()
-        self._mirror = PageTableMirror(
+        self._mirror = RowMirror(
             len(self.groups), config.scheduler.max_num_seqs, self._pages_per_seq
         )
+        self._decode_buckets = tuple(bucket for bucket in self.buckets if bucket.is_decode)
+        self._layouts = {bucket: self._layout(bucket) for bucket in self.buckets}
         self.programs = Programs(
             self.spec,
-            {bucket: self.layout(bucket) for bucket in self.buckets},
+            self._layouts,
             self._open_store(loaded),
             (self.leaves, self.kv, self.rows),
             jax.ShapeDtypeStruct((loaded.cfg.hidden_size,), jnp.dtype(loaded.cfg.dtype)),
@@ -80,31 +88,27 @@ class ModelRunner:
         self.programs.warm_up(self.config.compile.compile_threads)
 
     def dispatch(self, plan: StepPlan) -> StepHandle:
-        """Start a step and return at once. Steps run on the device in dispatch order."""
+        """Start a plan and return at once. Plans run on the device in dispatch order."""
         for item in plan.scheduled:
             if item.is_admitted and is_adjusted(item.request.sampling):
                 self._set_row(item)
-        bucket = pick_bucket(self.buckets, plan.num_tokens, len(plan.scheduled))
-        packed = build_batch(plan, self.layout(bucket), self._mirror)
+        bucket = self._pick_bucket(plan)
+        batch = build_batch(plan, self._layouts[bucket], self._mirror)
         step = self.programs[str(bucket)]
-        self.kv, self.rows, output = step(self.leaves, self.kv, self.rows, packed)
+        self.kv, self.rows, output = step(self.leaves, self.kv, self.rows, batch.packed)
         output.sampled.copy_to_host_async()
-        return StepHandle(plan, bucket, output)
+        return StepHandle(plan, bucket, batch, output)
 
     def collect(self, handle: StepHandle) -> StepResult:
-        """Wait for a step and read what its requests asked for."""
-        scheduled = handle.plan.scheduled
-        sampled = np.asarray(handle.output.sampled)
-        ids = [int(sampled[0, s]) if item.samples else -1 for s, item in enumerate(scheduled)]
-        failed = frozenset(
-            s for s, item in enumerate(scheduled) if item.samples and not sampled[1, s]
-        )
-        return StepResult(
-            token_ids=ids,
-            logprobs=read_logprobs(handle.output, scheduled, ids, self.spec.num_logprobs),
-            prompt_logprobs=self._scorer.read(handle.output.hidden, scheduled),
-            failed=failed,
-        )
+        """Wait for a plan's last step and read what its requests asked for."""
+        plan, output = handle.plan, handle.output
+        token_ids, failed = read_sampled(np.asarray(output.sampled), plan)
+        logprobs = prompt_logprobs = None
+        if handle.batch.has_logprobs:
+            logprobs = read_logprobs(output, plan.scheduled, token_ids, self.spec.num_logprobs)
+        if handle.batch.has_prompt_logprobs:
+            prompt_logprobs = self._scorer.read(output.hidden, plan.scheduled)
+        return StepResult(token_ids, logprobs, prompt_logprobs, failed)
 
     @property
     def params(self) -> dict[str, jax.Array]:
@@ -118,7 +122,7 @@ class ModelRunner:
 
     def step_fn(self, bucket: Bucket | None = None) -> Callable[..., Any]:
         """The pure, untransformed step function of a bucket (the smallest by default)."""
-        return build_step(self.spec, self.layout(bucket or self.buckets[0]))
+        return build_step(self.spec, self._layouts[bucket or self.buckets[0]])
 
     def hidden_states(self, token_ids: Sequence[int]) -> jax.Array:
         """Final hidden states [T, D] of one text, outside the engine's cache.
@@ -130,7 +134,14 @@ class ModelRunner:
         padded[:num_tokens] = token_ids
         return self._forward(self.leaves, padded, np.int32(num_tokens))[:num_tokens]
 
-    def layout(self, bucket: Bucket) -> BatchLayout:
+    def _pick_bucket(self, plan: StepPlan) -> Bucket:
+        return pick_bucket(
+            self.buckets if plan.num_steps == 1 else self._decode_buckets,
+            plan.tokens_per_step,
+            len(plan.scheduled),
+        )
+
+    def _layout(self, bucket: Bucket) -> BatchLayout:
         return BatchLayout(
             num_tokens=bucket.num_tokens,
             num_seqs=bucket.num_seqs,
@@ -138,6 +149,7 @@ class ModelRunner:
             pages_per_seq=self._pages_per_seq,
             num_rows=self.config.scheduler.max_num_seqs,
             vocab_size=self.vocab_size,
+            max_steps=self.max_decode_steps if bucket.is_decode else 1,
         )
 
     def memory_plan(self) -> memory.MemoryPlan:
@@ -162,7 +174,12 @@ class ModelRunner:
         if not self.config.compile.keep_executables:
             return ExecutableStore(None, "", self.device)
         folder = Path(self.config.compile.cache_dir or cache_root() / "executables")
-        facts = (self.num_pages, self.spec.num_logprobs, self.config.scheduler.max_num_seqs)
+        facts = (
+            self.num_pages,
+            self.spec.num_logprobs,
+            self.config.scheduler.max_num_seqs,
+            self.max_decode_steps,
+        )
         key = executable_key(self.device, loaded.cfg, self.groups, self.max_model_len, facts)
         return ExecutableStore(folder, key, self.device)
 

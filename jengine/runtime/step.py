@@ -1,4 +1,6 @@
-"""The pure step function: embedding, layers, logits, sampling, logprobs in one program."""
+"""The pure step function: embedding, layers, logits, sampling, logprobs in one program; and the
+loop around it, for decode steps that need nobody in between.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from jengine.layers.sampling import (
     logprobs,
     sample,
 )
-from jengine.runtime.batch import BatchLayout, DeviceBatch, unpack_batch
+from jengine.runtime.batch import PENDING, BatchLayout, DeviceBatch, unpack_batch
 
 KV = tuple[jax.Array, ...]
 
@@ -27,10 +29,10 @@ KV = tuple[jax.Array, ...]
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
     """What stays on the device until it is asked for. `sampled` is copied to the host after every
-    step.
+    dispatch; the rest is of the last step.
     """
 
-    sampled: jax.Array  # i32[2, S]: token ids; 1 where the row's logits are finite
+    sampled: jax.Array  # i32[2, steps, S]: token ids; 1 where the row's logits are finite
     logprobs: Logprobs
     logits: jax.Array  # f32[S, V], raw
     hidden: jax.Array  # [T, D] after the last norm
@@ -58,28 +60,88 @@ class StepSpec:
 def build_step(
     spec: StepSpec, layout: BatchLayout
 ) -> Callable[..., tuple[KV, RowState, StepOutput]]:
-    """The step for one bucket: `step(params, kv, rows, packed) -> (kv, rows, StepOutput)`; donates
-    kv and rows.
+    """The program of one bucket: `step(params, kv, rows, packed) -> (kv, rows, StepOutput)`;
+    donates kv and rows.
+
+    With `layout.max_steps` > 1 it runs as many decode steps as the batch says, 1 among them. The
+    trip count is data: one executable serves every number of steps, and on a GPU the whole loop
+    becomes one graph, whose condition the device decides.
     """
 
-    def step(
-        params: tuple[jax.Array, ...], kv: KV, rows: RowState, packed: jax.Array
-    ) -> tuple[KV, RowState, StepOutput]:
-        batch = unpack_batch(packed, layout)
+    def one_step(
+        params: tuple[jax.Array, ...], kv: KV, rows: RowState, batch: DeviceBatch
+    ) -> tuple[KV, RowState, _Sampled]:
         model = spec.model(params)
         token_ids_T = _resolve_pending(batch, rows)
         hidden_TD, kv = model(token_ids_T, kv, attention_metadata(spec, layout, batch))
         logits_SV = head_logits(hidden_TD[batch.last_token_index], model.head, batch.num_seqs)
         ids_S, is_finite_S = sample(logits_SV, rows, batch.sampling)
-        output = StepOutput(
-            sampled=jnp.stack([ids_S, is_finite_S.astype(jnp.int32)]),
-            logprobs=logprobs(logits_SV, ids_S, spec.num_logprobs, batch.sampling.any_logprobs),
-            logits=logits_SV,
-            hidden=hidden_TD,
+        rows = count_sampled(rows, batch.sampling, ids_S, batch.samples)
+        sampled = jnp.stack([ids_S, is_finite_S.astype(jnp.int32)])
+        return kv, rows, _Sampled(sampled, logits_SV, hidden_TD)
+
+    def steps(
+        params: tuple[jax.Array, ...], kv: KV, rows: RowState, batch: DeviceBatch
+    ) -> tuple[KV, RowState, _Sampled, jax.Array]:
+        shapes = jax.eval_shape(one_step, params, kv, rows, batch)[2]
+        last = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        sampled = jnp.zeros((2, layout.max_steps, layout.num_seqs), jnp.int32)
+
+        def body(carry: Any) -> Any:
+            i, kv, rows, _, sampled = carry
+            kv, rows, last = one_step(params, kv, rows, _after(batch, i))
+            sampled = jax.lax.dynamic_update_index_in_dim(sampled, last.sampled, i, axis=1)
+            return i + 1, kv, rows, last, sampled
+
+        _, kv, rows, last, sampled = jax.lax.while_loop(
+            lambda carry: carry[0] < batch.num_steps,
+            body,
+            (jnp.int32(0), kv, rows, last, sampled),
         )
-        return kv, count_sampled(rows, batch.sampling, ids_S, batch.samples), output
+        return kv, rows, last, sampled
+
+    def step(
+        params: tuple[jax.Array, ...], kv: KV, rows: RowState, packed: jax.Array
+    ) -> tuple[KV, RowState, StepOutput]:
+        batch = unpack_batch(packed, layout)
+        if layout.max_steps == 1:
+            kv, rows, last = one_step(params, kv, rows, batch)
+            sampled = last.sampled[:, None]
+        else:
+            kv, rows, last, sampled = steps(params, kv, rows, batch)
+        # Outside of the loop: a top-k that the device cannot capture would keep all of it out of
+        # the graph.
+        any_logprobs = batch.sampling.any_logprobs
+        scores = logprobs(last.logits, last.sampled[0], spec.num_logprobs, any_logprobs)
+        return kv, rows, StepOutput(sampled, scores, last.logits, last.hidden)
 
     return step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Sampled:
+    """Of one step: what `StepOutput` holds, but for log-probabilities."""
+
+    sampled: jax.Array  # i32[2, S]
+    logits: jax.Array
+    hidden: jax.Array
+
+
+def _after(batch: DeviceBatch, num_steps: jax.Array) -> DeviceBatch:
+    """The batch of pure decodes as it stands after so many steps: every request is that much
+    longer, and its newest token is in the row state. (After none it may be any batch.)"""
+    grown_S = num_steps * batch.samples.astype(jnp.int32)  # padding stays empty
+    token_ids_T = jnp.where(num_steps > 0, PENDING, batch.token_ids)
+    return dataclasses.replace(
+        batch,
+        token_ids=token_ids_T,
+        positions=batch.positions + num_steps,
+        kv_lens=batch.kv_lens + grown_S,
+        sampling=dataclasses.replace(
+            batch.sampling, positions=batch.sampling.positions + num_steps
+        ),
+    )
 
 
 def attention_metadata(
@@ -99,6 +161,7 @@ def attention_metadata(
         page_tables=batch.page_tables,
         slots=slots,
         group_of_layer=spec.group_of_layer,
+        is_decode=layout.num_tokens == layout.num_seqs,  # see `Bucket.is_decode`
     )
 
 

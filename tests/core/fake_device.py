@@ -54,7 +54,9 @@ class FakeDevice:
         if plan.num_steps == 1:
             return StepResult(self._step(plan.scheduled))
         steps = [
-            self._step([structs.replace(e, start=e.start + i, num_tokens=1) for e in plan.scheduled])
+            self._step(
+                [structs.replace(e, start=e.start + i, num_tokens=1) for e in plan.scheduled]
+            )
             for i in range(plan.num_steps)
         ]
         return StepResult([[ids[0] for ids in of_entry] for of_entry in zip(*steps, strict=True)])

@@ -21,12 +21,11 @@ from jengine.layers.sampling import (
 from jengine.request import Request, SamplingParams
 from jengine.runtime.batch import (
     BatchLayout,
-    PageTableMirror,
     banned_ids,
     build_batch,
-    is_adjusted,
     unpack_batch,
 )
+from jengine.runtime.row_mirror import RowMirror, is_adjusted
 from tests.oracles.numpy_sampler import adjusted_logits, distribution
 
 V, R = 97, 8
@@ -72,7 +71,7 @@ def run(rows: list[Row], logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, Ro
                 bias[R - 1 - i, token] += value
     state = RowState(state.last_token, jnp.array(counts), jnp.array(mask), jnp.array(bias))
     plan = StepPlan(0, tuple(scheduled), len(rows))
-    packed = build_batch(plan, LAYOUT, PageTableMirror(1, R, 4))
+    packed = build_batch(plan, LAYOUT, RowMirror(1, R, 4)).packed
     full = np.zeros((8, V), np.float32)
     full[: len(rows)] = logits
 

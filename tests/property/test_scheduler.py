@@ -181,7 +181,8 @@ class Simulation:
             while in_flight and (
                 len(in_flight) > scenario.run_ahead or plan is None or timing.random() < 0.2
             ):
-                self._update(*in_flight.popleft(), streams)
+                collected, result = in_flight.popleft()
+                self._update(collected, result, streams)
                 if plan is None:
                     break
             scheduler.check_integrity()
