@@ -137,6 +137,14 @@ class EngineFlags:
             text="Plan a step while the one before runs.",
         ),
     ] = None
+    max_decode_steps: Annotated[
+        int | None,
+        _flag(
+            "--max-decode-steps",
+            panel=_SCHEDULER,
+            text="Decode steps in one dispatch; by default what takes 8 ms (CPU: 1).",
+        ),
+    ] = None
     tensor_parallel_size: Annotated[
         int | None, _flag("--tensor-parallel-size", panel=_SCHEDULER, text="1 in this version.")
     ] = None

@@ -49,6 +49,7 @@ def test_vllm_spellings(tmp_path: Path) -> None:
         *("--compile-cache-dir", str(tmp_path), "--no-async-scheduling"),
         *("--api-key", "zero", "--api-key-file", str(keys), "--no-grpc", "--port", "1"),
         *("--disable-log-requests", "--uvicorn-log-level", "debug", "--shutdown-timeout", "3"),
+        *("--max-decode-steps", "4"),
     )
     assert config.model.served_model_name == ("a", "b")
     assert (config.model.dtype, config.model.max_model_len) == ("float32", 128)
@@ -58,6 +59,7 @@ def test_vllm_spellings(tmp_path: Path) -> None:
     assert not config.cache.enable_prefix_caching
     assert (config.scheduler.max_num_seqs, config.scheduler.policy) == (4, "priority")
     assert not config.scheduler.async_scheduling
+    assert config.scheduler.max_decode_steps == 4
     assert config.compile.cache_dir == str(tmp_path)
     assert settings.api_keys == ("zero", "one", "two")
     assert (settings.port, settings.grpc_port, settings.shutdown_timeout) == (1, None, 3.0)
@@ -72,6 +74,7 @@ def test_vllm_spellings(tmp_path: Path) -> None:
         (["serve", "m", "--tensor-parallel-size", "2"], "one device"),
         (["serve", "m", "--hf-overrides", "{"], "not JSON"),
         (["serve", "m", "--max-num-seqs", "many"], "--max-num-seqs"),
+        (["serve", "m", "--max-decode-steps", "0"], "max_decode_steps must be >= 1"),
         (["serve", "m", "--no-grpc", "--no-http"], "nothing to serve"),
         (["serve", "m", "--ssl-keyfile", "k"], "go together"),
         (["serve", "m", "--no-such-flag"], "No such option"),
