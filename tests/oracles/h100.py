@@ -1,0 +1,238 @@
+"""The engine's own step, compiled for an H100 on a machine without a GPU, and what came out of it.
+
+XLA's GPU compiler needs no GPU: a description of one is enough. What is missing is autotuning, so
+nothing here speaks of speed: dots get untuned kernels. The structure is that of the real program:
+what is captured in a CUDA graph, which kernels run, what is copied, what shares memory.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from jengine.kv_spec import build_groups
+from jengine.layers.param import abstract_parameters
+from jengine.layers.sampling import RowState
+from jengine.models.registry import resolve_architecture
+from jengine.pallas_kernels.platform import tracing_for
+from jengine.runtime.batch import BatchLayout
+from jengine.runtime.step import StepSpec, build_step
+
+TARGET_CONFIG = Path(__file__).with_name("h100_target_config.txtpb")
+PAGE_SIZE, NUM_PAGES = 16, 2048
+MAX_MODEL_LEN = 8192
+NUM_ROWS = 256
+NUM_LOGPROBS = 20
+CONTAINERS = frozenset({"kCommandBuffer", "kConditional", "kWhile"})
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "intermediate_size": 14336, "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN3_600M = {
+    "architectures": ["Qwen3ForCausalLM"], "hidden_size": 1024, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    "intermediate_size": 3072, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "max_position_embeddings": 40960, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Thunk:
+    """One launch, copy or container of XLA's program, as it stands after the CUDA-graph pass."""
+
+    kind: str  # "kCustomKernel" (any kernel), "kCublasLtMatmul", "kCopy", "kCommandBuffer", ...
+    name: str  # of the kernel; of the HLO instruction for a copy
+    num_bytes: int  # of a copy
+    ancestors: tuple[str, ...]  # kinds, outermost first
+
+    @property
+    def is_optional(self) -> bool:
+        """In a branch of a conditional, such as the sampler's that greedy steps skip."""
+        return "kConditional" in self.ancestors
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Program:
+    """A compiled program for one H100."""
+
+    hlo: str  # optimised
+    thunks: tuple[Thunk, ...]
+    alias_bytes: int  # of arguments that results take over
+    temp_bytes: int
+
+    @property
+    def top_level(self) -> list[str]:
+        """Kinds of what the host launches, in order."""
+        return [thunk.kind for thunk in self.thunks if not thunk.ancestors]
+
+    @property
+    def kernels(self) -> list[str]:
+        """Names of the kernels that every run launches, matrix products of cuBLAS included."""
+        return [
+            thunk.name
+            for thunk in self.thunks
+            if thunk.kind not in CONTAINERS | {"kCopy"} and not thunk.is_optional
+        ]
+
+    @property
+    def copies(self) -> list[Thunk]:
+        return [thunk for thunk in self.thunks if thunk.kind == "kCopy"]
+
+
+def missing() -> str | None:
+    """Why programs cannot be compiled for an H100 here, or None."""
+    if sys.version_info < (3, 12):
+        return "the CUDA compiler of JAX 0.11 needs Python 3.12"
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        return "jax-cuda13-pjrt is not installed (extra 'test')"
+    return None
+
+
+needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+def compile_step(
+    config: dict[str, Any], num_tokens: int, num_seqs: int, folder: Path, max_steps: int = 1
+) -> Program:
+    """The step of one bucket as the engine builds it, over abstract parameters in bfloat16."""
+    _, model_class = resolve_architecture(config)
+    cfg = model_class.config_class.from_hf(
+        config, dtype="bfloat16", kv_dtype="bfloat16", max_model_len=MAX_MODEL_LEN
+    )
+    module = model_class(cfg)
+    graphdef, state = nnx.split(module)
+    groups = build_groups(model_class.kv_specs(cfg), PAGE_SIZE)
+    spec = StepSpec(graphdef, jax.tree.structure(state), groups, NUM_LOGPROBS)
+    layout = BatchLayout(
+        num_tokens=num_tokens,
+        num_seqs=num_seqs,
+        num_groups=len(groups),
+        pages_per_seq=MAX_MODEL_LEN // PAGE_SIZE,
+        num_rows=NUM_ROWS,
+        vocab_size=cfg.vocab_size,
+        max_steps=max_steps,
+    )
+    leaves = tuple(_array(p.shape, p.dtype) for p in abstract_parameters(module).values())
+    packed = _array((layout.size,), "int32")
+    arguments = (leaves, kv_arrays(config), row_state(config), packed)
+    return compile_for_h100(build_step(spec, layout), arguments, ("kv", "rows"), folder)
+
+
+def kv_arrays(config: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    entry = (2, config["num_key_value_heads"], config["head_dim"])
+    page = _array((NUM_PAGES, PAGE_SIZE, *entry), "bfloat16")
+    return (page,) * config["num_hidden_layers"]
+
+
+def row_state(config: dict[str, Any]) -> RowState:
+    table = (NUM_ROWS, config["vocab_size"])
+    return jax.eval_shape(
+        lambda: RowState(
+            last_token=jnp.zeros(NUM_ROWS, jnp.int32),
+            output_counts=jnp.zeros(table, jnp.int32),
+            prompt_mask=jnp.zeros(table, jnp.bool_),
+            bias=jnp.zeros(table, jnp.float32),
+        )
+    )
+
+
+def num_bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def compile_for_h100(
+    function: Callable[..., Any], arguments: tuple[Any, ...], donated: Sequence[str], folder: Path
+) -> Program:
+    """Trace `function` for CUDA over abstract arguments, compile it and read XLA's dump."""
+    sharding = SingleDeviceSharding(_device())
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+    )
+    with tracing_for("cuda"):
+        lowered = jax.jit(function, donate_argnames=donated).lower(*placed)
+    options = {**compiler_options("cuda"), "xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(compiler_options=options)
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and hlo is not None
+    return Program(
+        hlo,
+        _read_thunks(folder, hlo),
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+    )
+
+
+@functools.cache
+def _device() -> jax.Device:
+    topology = topologies.get_topology_desc(
+        "h100", platform="cuda", topology="1x1x1", target_config=TARGET_CONFIG.read_text()
+    )
+    return topology.devices[0]
+
+
+def _array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def _read_thunks(folder: Path, hlo: str) -> tuple[Thunk, ...]:
+    """Thunks from the dump: a list indented by nesting, whose copies are named in a second file."""
+    (listing,) = folder.glob("*thunk_sequence_after_thunk_passes.txt")
+    (metadata,) = folder.glob("*thunk_metadata.txt")
+    names: dict[int, str] = {}
+    for block in metadata.read_text().split("thunk_metadata {")[1:]:
+        name = re.search(r'profile_annotation: "([^"]*)"', block)
+        index = re.search(r"thunk_id: (\d+)", block)
+        names[int(index[1]) if index else 0] = name[1] if name else ""
+    sizes = _result_sizes(hlo)
+    thunks: list[Thunk] = []
+    nesting: list[tuple[int, str]] = []  # (indentation, kind) of the thunks that are open
+    line_pattern = re.compile(r"( *)(\d+): (k\w+) +\[.*?\] +(\S+)?")
+    for line in listing.read_text().splitlines():
+        if (match := line_pattern.match(line)) is None:
+            continue  # "condition:", "body:", "false_branch:"
+        indentation, index, kind, name = len(match[1]), int(match[2]), match[3], match[4] or ""
+        while nesting and nesting[-1][0] >= indentation:
+            nesting.pop()
+        ancestors = tuple(kind for _, kind in nesting)
+        size = 0
+        if kind == "kCopy":
+            name = names[index]
+            size = sizes[name]
+        thunks.append(Thunk(kind, name, size, ancestors))
+        nesting.append((indentation, kind))
+    return tuple(thunks)
+
+
+def _result_sizes(hlo: str) -> dict[str, int]:
+    """Bytes of every instruction's result, where that is one array."""
+    widths = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+              "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+    pattern = re.compile(r"%([\w.\-]+) = (\w+)\[([\d,]*)\]")
+    return {
+        name: widths.get(dtype, 8) * int(np.prod([int(n) for n in dims.split(",") if n]))
+        for name, dtype, dims in pattern.findall(hlo)
+    }
+
+
+def compiler_options(platform: str) -> dict[str, Any]:
+    del platform
+    return {
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
+        "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+        "xla_gpu_graph_min_graph_size": 1,
+    }
