@@ -6,6 +6,7 @@ silent for as long as the parent lives: its end of file is the death notice. Mes
 ZeroMQ sockets in the parent's private folder.
 """
 
+import gc
 import importlib
 import logging
 import os
@@ -21,7 +22,7 @@ import msgspec
 import zmq
 
 from jengine.config import EngineConfig
-from jengine.protocol import CoreDead, FromCore, ToCore
+from jengine.protocol import CoreDead, CoreReady, FromCore, ToCore
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,10 @@ def main(line: bytes) -> None:
         nonlocal exit_code
         if isinstance(message, CoreDead):
             exit_code = EXIT_DEAD
+        elif isinstance(message, CoreReady):
+            # What start-up made stays. A full collection that walks over all of it (JAX's modules,
+            # the model's graph) stops the engine for 100 ms.
+            gc.freeze()
         outbox.send(encoder.encode(message))
 
     core = resolve_factory(bootstrap.core_factory)(bootstrap.config, emit)

@@ -18,6 +18,7 @@ from jengine.core.kv_manager import KVManager
 from jengine.core.plan import RequestUpdate, TokenLogprobs
 from jengine.core.scheduler import Scheduler
 from jengine.errors import InvalidRequestError, JengineError, QueueFullError
+from jengine.jax_compat import quiet_without_gpu
 from jengine.models.loader import load_model
 from jengine.protocol import (
     PROTOCOL_VERSION,
@@ -84,7 +85,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            **dataclasses.asdict(self.scheduler.stats()),
+            **msgspec.structs.asdict(self.scheduler.stats()),
             num_compilations=self.runner.programs.num_late,
             padded_tokens=self._padded_tokens,
         )
@@ -92,32 +93,17 @@ class EngineCore:
     def start(self) -> None:
         """Load the model, prepare every executable, report `CoreReady`."""
         started = time.perf_counter()
+        quiet_without_gpu()
         device = jax.devices()[0]
         loaded = load_model(self._config, device)
-        self.runner = ModelRunner(self._config, loaded, device)
-        kv = KVManager(
-            self.runner.groups,
-            self.runner.num_pages,
-            enable_prefix_caching=self._config.cache.enable_prefix_caching,
-            fingerprint=f"{loaded.checkpoint.name}/{loaded.cfg.dtype}/{self.runner.groups}",
-        )
-        max_chunk = self._config.scheduler.max_num_batched_tokens
-        if kv.max_request_tokens(max_chunk) < self.runner.max_model_len - 1:
-            raise ValueError(
-                f"the KV cache holds {kv.max_request_tokens(max_chunk)} tokens of one request, "
-                f"fewer than max_model_len={self.runner.max_model_len}: "
-                "lower max_model_len or give it more memory"
-            )
-        scheduler = dataclasses.replace(
-            self._config.scheduler, max_decode_steps=self.runner.max_decode_steps
-        )
-        self.scheduler = Scheduler(scheduler, kv, self.runner.max_model_len)
+        runner = ModelRunner(self._config, loaded, device)
+        self.attach(runner, f"{loaded.checkpoint.name}/{loaded.cfg.dtype}/{runner.groups}")
         self.runner.warm_up()
         plan = self.runner.memory_plan()
         self._emit(
             CoreReady(
                 protocol_version=PROTOCOL_VERSION,
-                num_pages=kv.num_pages_total,
+                num_pages=self.scheduler.stats().num_pages_total,
                 page_size=self._config.cache.page_size,
                 max_model_len=self.runner.max_model_len,
                 vocab_size=self.runner.vocab_size,
@@ -127,6 +113,28 @@ class EngineCore:
                 startup_seconds=time.perf_counter() - started,
             )
         )
+
+    def attach(self, runner: ModelRunner, fingerprint: str = "") -> None:
+        """Take a runner, and build the scheduler over its pages. `fingerprint` tells cached pages
+        of this model from another's."""
+        kv = KVManager(
+            runner.groups,
+            runner.num_pages,
+            enable_prefix_caching=self._config.cache.enable_prefix_caching,
+            fingerprint=fingerprint,
+        )
+        max_chunk = self._config.scheduler.max_num_batched_tokens
+        if kv.max_request_tokens(max_chunk) < runner.max_model_len - 1:
+            raise ValueError(
+                f"the KV cache holds {kv.max_request_tokens(max_chunk)} tokens of one request, "
+                f"fewer than max_model_len={runner.max_model_len}: "
+                "lower max_model_len or give it more memory"
+            )
+        config = dataclasses.replace(
+            self._config.scheduler, max_decode_steps=runner.max_decode_steps
+        )
+        self.runner = runner
+        self.scheduler = Scheduler(config, kv, runner.max_model_len)
 
     def turn(self) -> None:
         """One turn of the loop: read messages, start a step if there is one, finish the oldest if
@@ -140,9 +148,7 @@ class EngineCore:
             self._padded_tokens = handle.bucket.num_tokens * plan.num_steps
         if self._in_flight and (plan is None or len(self._in_flight) == self._depth):
             handle = self._in_flight.popleft()
-            updates = self.scheduler.update(handle.plan, self.runner.collect(handle))
-            if updates:
-                self._tell([self._output(update) for update in updates])
+            self._report(self.scheduler.update(handle.plan, self.runner.collect(handle)))
 
     def _read_inbox(self) -> None:
         idle = not self._in_flight and not self.scheduler.has_unfinished
@@ -165,23 +171,29 @@ class EngineCore:
                 self._add(message)
             case AbortRequests(request_ids, reason):
                 aborted = self.scheduler.abort(request_ids, reason)
-                if aborted:
-                    self._tell([self._output(RequestUpdate(r, [])) for r in aborted])
+                self._report(
+                    [RequestUpdate(r, [] if r.is_streamed else r.output_token_ids) for r in aborted]
+                )
             case CallUtility(call_id, method, args):
                 self._call(call_id, method, args)
             case Shutdown(drain_seconds):
                 self._stop_at = time.monotonic() + drain_seconds
 
     def _add(self, message: CoreRequest) -> None:
+        sampling = message.sampling
         request = Request(
             request_id=message.request_id,
             prompt_token_ids=message.prompt_token_ids,
-            sampling=message.sampling,
+            sampling=sampling,
             eos_token_ids=frozenset(message.eos_token_ids),
             priority=message.priority,
             cache_salt=message.cache_salt,
             arrival_time=message.arrival_time,
             seed=message.seed,
+            # What comes with each position has no other way than step by step.
+            is_streamed=message.is_streamed
+            or sampling.logprobs is not None
+            or sampling.prompt_logprobs is not None,
         )
         try:
             self.scheduler.add(request)
@@ -208,11 +220,19 @@ class EngineCore:
         self.scheduler.check_integrity()
         return True
 
+    def _report(self, updates: list[RequestUpdate]) -> None:
+        if updates:
+            self._tell([self._output(update) for update in updates])
+
     def _tell(self, outputs: list[CoreOutput]) -> None:
         self._emit(StepOutputs(outputs, self.stats(), time.time()))
 
     def _output(self, update: RequestUpdate) -> CoreOutput:
         request = update.request
+        num_new = len(update.new_token_ids)
+        is_plain = update.logprobs is None and update.prompt_logprobs is None
+        if is_plain and request.finish_reason is None and request.num_output_tokens > num_new:
+            return CoreOutput(request.request_id, update.new_token_ids)  # three times faster
         return CoreOutput(
             request_id=request.request_id,
             new_token_ids=update.new_token_ids,

@@ -123,7 +123,7 @@ class RequestState:
         """What a step says about the request as a whole."""
         timings = self.timings
         if index == 0:  # the others find the prompt in the prefix cache, where the first put it
-            self._num_cached_tokens = output.num_cached_tokens
+            self._num_cached_tokens = max(self._num_cached_tokens or 0, output.num_cached_tokens)
         if timings.scheduled_time is None:
             timings.scheduled_time = output.scheduled_time
         if output.new_token_ids:
@@ -206,7 +206,18 @@ class CompletionState:
         return self._finish_reason is not None
 
     def extend(self, output: CoreOutput) -> None:
-        """Append a step's tokens, at most up to the one that completes a stop string."""
+        """Append new tokens, at most up to the one that completes a stop string."""
+        if self._detokenizer is None and self._logprobs is None:
+            self._token_ids += output.new_token_ids
+        elif self._add_tokens(output):
+            return
+        self.has_news |= bool(output.new_token_ids)
+        if output.finish_reason is not None:
+            self.finish(output.finish_reason, output.error or output.stop_reason)
+
+    def _add_tokens(self, output: CoreOutput) -> bool:
+        """Append tokens with their text and logprobs, one by one. Returns whether a stop string is
+        complete: what follows it is dropped."""
         hidden = -1
         if output.finish_reason is FinishReason.STOP:
             # A token that stops is part of token_ids, but of the text only if the user asks for it.
@@ -221,10 +232,8 @@ class CompletionState:
             if self._detokenizer is None or i == hidden:
                 continue
             if self._add_text(self._detokenizer.add([token_id])):
-                return
-        self.has_news |= bool(output.new_token_ids)
-        if output.finish_reason is not None:
-            self.finish(output.finish_reason, output.error or output.stop_reason)
+                return True
+        return False
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None) -> None:
         """End the completion. What was held back becomes text, and may complete a stop string."""

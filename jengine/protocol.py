@@ -25,6 +25,7 @@ class CoreRequest(msgspec.Struct, tag="add", array_like=True):
     priority: int
     cache_salt: str
     arrival_time: float
+    is_streamed: bool = True  # False: its tokens are wanted at its end, all in one `CoreOutput`
 
 
 class AbortRequests(msgspec.Struct, tag="abort", array_like=True):
@@ -66,8 +67,12 @@ class Refusal(StrEnum):
     INVALID = "invalid"
 
 
-class CoreOutput(msgspec.Struct, array_like=True):
-    """What one step brought for one request."""
+class CoreOutput(msgspec.Struct, array_like=True, gc=False):
+    """What is new of one request: the tokens of a step, of several, or of all (`is_streamed`).
+
+    What is below `prompt_logprobs` comes with the first tokens and with the last; in between it may
+    be left at its defaults.
+    """
 
     request_id: str
     new_token_ids: list[int]

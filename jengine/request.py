@@ -240,13 +240,16 @@ class Request:
     seed: int = 0  # effective seed, 64 bits; never None
     is_streamed: bool = True  # else the front end hears of it once, at its end
     max_num_tokens: int = 0  # prompt and output tokens at which it ends; set on `Scheduler.add`
+    # Derived from the above once, as they are looked at in every step:
     stop_ids: frozenset[int] = field(init=False)  # token ids that end it
+    needs_host_tokens: bool = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.token_ids:
             self.token_ids = list(self.prompt_token_ids)
         eos = frozenset[int]() if self.sampling.ignore_eos else self.eos_token_ids
         self.stop_ids = eos.union(self.sampling.stop_token_ids or ())
+        self.needs_host_tokens = self.sampling.needs_host_tokens
 
     @property
     def num_prompt_tokens(self) -> int:

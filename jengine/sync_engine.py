@@ -159,6 +159,9 @@ class SyncEngine:
             self._outputs.add(prepared)
             self._num_in_core += num_children
             for child in prepared.children:
+                # Nobody reads before the end, and per-step messages would cost the core's thread
+                # the interpreter lock. Only a stop string is looked for in every token.
+                child.is_streamed = bool(child.sampling.stop_strings)
                 self._client.send(child)
 
     def _wait_for(self, get: Callable[[], T | None]) -> T:

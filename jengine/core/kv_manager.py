@@ -146,13 +146,17 @@ class KVManager:
         for index, group in self._windows:
             self._release_unread(held, index, group.first_page_read(start))
         tables = held.page_tables
-        num_new_pages = -(-end // self.page_size) - len(tables[0])
-        if num_new_pages > 0:
+        page_size = self.page_size
+        if end > len(tables[0]) * page_size:
+            num_new_pages = -(-end // page_size) - len(tables[0])
             if any(group.pool.num_free < num_new_pages for group in self._groups):
                 return None
             for group, table in zip(self._groups, tables, strict=True):
                 table.extend(group.pool.allocate(num_new_pages))
-        if min(end, request.num_tokens) // self.page_size > held.num_registered:
+        if (
+            self.enable_prefix_caching
+            and min(end, len(request.token_ids)) // page_size > held.num_registered
+        ):
             self._register(request, held, end)
         return tables
 

@@ -3,7 +3,8 @@
 import time
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from jengine.config import SchedulerConfig
 from jengine.core.kv_manager import KVManager, PageTables
@@ -188,7 +189,7 @@ class Scheduler:
             return 1
         for request in self._running:
             num_wanted = self._num_wanted_tokens(request)
-            if num_wanted > 1 or request.sampling.needs_host_tokens:
+            if num_wanted > 1 or request.needs_host_tokens:
                 return 1
             if num_wanted:
                 limit = min(limit, num_decodes_ahead(request))
@@ -261,9 +262,7 @@ class Scheduler:
         """Tokens a running request can compute now."""
         num_pending = request.num_pending_tokens
         num_tokens = len(request.token_ids) + num_pending
-        if num_pending and (
-            num_tokens >= request.max_num_tokens or request.sampling.needs_host_tokens
-        ):
+        if num_pending and (num_tokens >= request.max_num_tokens or request.needs_host_tokens):
             return 0  # it ends, or goes on, with what is on the device: see `update`
         return num_tokens - request.num_computed_tokens
 

@@ -1,11 +1,11 @@
 """What the scheduler counts."""
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(slots=True)
-class SchedulerStats:
-    """Gauges as of now and totals since start; fields mean what `protocol.EngineStats` says."""
+class SchedulerStats(msgspec.Struct):
+    """Gauges as of now and totals since start; fields mean what `protocol.EngineStats` says. A
+    struct: it is copied for every message, which costs a dataclass 5 us."""
 
     page_size: int
     num_pages_total: int
