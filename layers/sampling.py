@@ -29,6 +29,7 @@ class RowState:
     output_counts: jax.Array  # i32[R, V]
     prompt_mask: jax.Array  # bool[R, V]
     bias: jax.Array  # f32[R, V]; logit_bias, and -inf outside allowed_token_ids
+    page_tables: tuple[jax.Array, ...] = ()  # per KV group, i32[R, M]
 
 
 @jax.tree_util.register_dataclass

@@ -7,7 +7,7 @@ whatever its size. Floats are stored as their bits.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jengine.core.plan import ScheduledRequest, StepPlan
 from jengine.layers.sampling import SamplingInputs
 from jengine.request import MAX_BANNED_IDS
-from jengine.runtime.row_mirror import ROW_FIELDS, RowFlag, RowMirror
+from jengine.runtime.row_mirror import ROW_FIELDS, PageUpdates, RowFlag, RowMirror
 
 Kind = Literal["i32", "bool"]
 PENDING = -1  # token id: the newest sampled token of the row, still on the device
@@ -60,7 +60,8 @@ class BatchLayout:
             "any_adjusted": ("bool", ()),
             "any_truncated": ("bool", ()),
             "any_logprobs": ("bool", ()),
-            "page_tables": ("i32", (self.num_groups, S, self.pages_per_seq)),
+            "page_slots": ("i32", (self.num_groups, T * self.max_steps)),
+            "page_ids": ("i32", (self.num_groups, T * self.max_steps)),
         }
 
     @functools.cached_property
@@ -87,7 +88,10 @@ class DeviceBatch:
     token_ids: jax.Array  # i32[T]; PENDING where the id is on the device
     positions: jax.Array  # i32[T]
     seq_ids: jax.Array  # i32[T]
-    page_tables: tuple[jax.Array, ...]  # per group, i32[S, M]
+    page_slots: (
+        jax.Array
+    )  # i32[G, U]: row * M + index, where a page table grows; out of range: none
+    page_ids: jax.Array  # i32[G, U]: the pages
     cu_q_lens: jax.Array  # i32[S+1]
     kv_lens: jax.Array  # i32[S]
     last_token_index: jax.Array  # i32[S]
@@ -121,11 +125,8 @@ def unpack_batch(packed: jax.Array, layout: BatchLayout) -> DeviceBatch:
     sampling = SamplingInputs(
         positions=a["sample_positions"], **{name: a[name] for name in sampling_fields}
     )
-    batch_fields = {f.name for f in dataclasses.fields(DeviceBatch)} - {"sampling", "page_tables"}
-    tables = tuple(a["page_tables"][g] for g in range(layout.num_groups))
-    return DeviceBatch(
-        sampling=sampling, page_tables=tables, **{name: a[name] for name in batch_fields}
-    )
+    batch_fields = {f.name for f in dataclasses.fields(DeviceBatch)} - {"sampling"}
+    return DeviceBatch(sampling=sampling, **{name: a[name] for name in batch_fields})
 
 
 def build_batch(plan: StepPlan, layout: BatchLayout, mirror: RowMirror) -> HostBatch:
@@ -137,7 +138,6 @@ def build_batch(plan: StepPlan, layout: BatchLayout, mirror: RowMirror) -> HostB
     """
     scheduled = plan.scheduled
     num_seqs, num_tokens = len(scheduled), plan.tokens_per_step
-    mirror.update(scheduled)
     packed = np.zeros(layout.size, np.int32)
 
     def field(name: str) -> np.ndarray:
@@ -165,8 +165,7 @@ def build_batch(plan: StepPlan, layout: BatchLayout, mirror: RowMirror) -> HostB
     field("sample_positions")[:num_seqs] = ends
     samples = field("samples")
     samples[:num_seqs] = [item.samples for item in scheduled]
-    tables = field("page_tables").reshape(layout.num_groups, layout.num_seqs, -1)
-    np.take(mirror.tables, rows, axis=1, out=tables, mode="clip")
+    _fill_pages(field, layout, mirror.new_pages(scheduled))
     params = field("row_params").reshape(-1, layout.num_seqs)
     np.take(mirror.params, rows, axis=1, out=params, mode="clip")
     field("num_tokens")[0], field("num_seqs")[0] = num_tokens, num_seqs
@@ -186,6 +185,20 @@ def build_batch(plan: StepPlan, layout: BatchLayout, mirror: RowMirror) -> HostB
         has_logprobs=bool(flags & RowFlag.LOGPROBS),
         has_prompt_logprobs=bool(np.bitwise_or.reduce(row_flags) & RowFlag.PROMPT_LOGPROBS),
     )
+
+
+def _fill_pages(
+    field: Callable[[str], np.ndarray], layout: BatchLayout, new_pages: Sequence[PageUpdates]
+) -> None:
+    """How the page tables grow. Whole tables would be 8 MB a step for 256 sequences of 128k tokens;
+    they lie on the device."""
+    slots = field("page_slots").reshape(layout.num_groups, -1)
+    ids = field("page_ids").reshape(layout.num_groups, -1)
+    # No two slots are equal, those of nobody included: the device need not write them in order.
+    slots[:] = np.arange(slots.shape[1]) + layout.num_rows * layout.pages_per_seq
+    for group, (group_slots, group_ids) in enumerate(new_pages):
+        slots[group, : len(group_slots)] = group_slots
+        ids[group, : len(group_ids)] = group_ids
 
 
 def banned_ids(item: ScheduledRequest, num_steps: int = 1) -> list[int]:

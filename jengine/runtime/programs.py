@@ -18,12 +18,20 @@ from jengine.layers.sampling import Logprobs, RowState
 from jengine.runtime.aot import ExecutableStore
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.buckets import Bucket
-from jengine.runtime.step import KV, StepOutput, StepSpec, build_score, build_step, set_row
+from jengine.runtime.step import (
+    KV,
+    StepOutput,
+    StepSpec,
+    build_score,
+    build_step,
+    set_pages,
+    set_row,
+)
 
 log = logging.getLogger(__name__)
 
 SCORE_ROWS = 64  # prompt positions scored by one call
-SCORE, SET_ROW = "score", "set_row"
+SCORE, SET_ROW, SET_PAGES = "score", "set_row", "set_pages"
 
 
 class Programs:
@@ -54,7 +62,7 @@ class Programs:
         start.
         """
         started = time.perf_counter()
-        names = [*sorted(self._layouts, key=_size_of_name, reverse=True), SCORE, SET_ROW]
+        names = [*sorted(self._layouts, key=_size_of_name, reverse=True), SCORE, SET_ROW, SET_PAGES]
         with ThreadPoolExecutor(threads) as pool:
             prepared = pool.map(self._prepare, names)
             collections.deque(
@@ -112,6 +120,10 @@ class Programs:
             bias = jax.ShapeDtypeStruct(vocab_size, np.float32)
             arguments = (self._rows, _i32(), _i32(*vocab_size), mask, bias)
             return set_row, ("rows",), arguments, self._rows
+        if name == SET_PAGES:
+            tables = self._rows.page_tables
+            arguments = (self._rows, _i32(), _i32(len(tables), tables[0].shape[1]))
+            return set_pages, ("rows",), arguments, self._rows
         layout = self._layouts[name]
         output = StepOutput(0, scores, 0, 0)  # type: ignore[arg-type]
         arguments = (self._leaves, self._kv, self._rows, _i32(layout.size))

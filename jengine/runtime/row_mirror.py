@@ -41,38 +41,58 @@ class RowFlag:
     BANS = 32  # some steps ban tokens: min_tokens, bad words
 
 
-class RowMirror:
-    """Page tables and sampling parameters of all rows, as arrays.
+PageUpdates = tuple[list[int], list[int]]  # (slots = row * pages_per_seq + index, page ids)
 
-    Filling them anew cost 5 us per sequence and step. Parameters change at admission only. Page
-    tables are kept up by appending: they only grow, and an entry that the manager nulls (below a
-    sliding window) is never read again, so the stale id may stay. Row `num_rows` is nobody's: what
-    it holds is the padding of a batch.
+
+class RowMirror:
+    """Sampling parameters of all rows, as arrays, and how much of their page tables the device has.
+
+    Filling parameters anew cost 5 us per sequence and step; they change at admission only. Row
+    `num_rows` is nobody's: what it holds is the padding of a batch.
+
+    Page tables lie on the device and are kept up by appending: they only grow, and an entry that
+    the manager nulls (below a sliding window) is never read again, so the stale id may stay. So may
+    what a row's last request left behind its new one's last page.
     """
 
     def __init__(self, num_groups: int, num_rows: int, pages_per_seq: int) -> None:
         self.num_rows = num_rows
-        self.tables = np.zeros((num_groups, num_rows + 1, pages_per_seq), np.int32)
+        self._pages_per_seq = pages_per_seq
         self.params = np.zeros((len(ROW_FIELDS), num_rows + 1), np.int32)
         self.flags = np.zeros(num_rows + 1, np.int32)
         self._num_pages = [[0] * num_rows for _ in range(num_groups)]
         self._set_params(num_rows, SamplingParams(temperature=0.0), seed=0)
 
-    def update(self, scheduled: Sequence[ScheduledRequest]) -> None:
-        """Take in who was admitted, and which pages are new."""
-        for item in scheduled:
-            if item.is_admitted:
-                self._set_params(item.row, item.request.sampling, item.request.seed)
-                self.tables[:, item.row] = 0
-                for num_pages in self._num_pages:
-                    num_pages[item.row] = 0
+    def admit(self, item: ScheduledRequest) -> np.ndarray | None:
+        """Take in who got a row. Returns its page tables, i32[groups, pages_per_seq], if the caller
+        must bring them to the device itself: a batch has room for one new page per token, and a hit
+        in the prefix cache may bring more."""
+        self._set_params(item.row, item.request.sampling, item.request.seed)
+        num_known = len(item.page_tables[0]) if len(item.page_tables[0]) > item.num_tokens else 0
+        for num_pages in self._num_pages:
+            num_pages[item.row] = num_known
+        if not num_known:
+            return None
+        tables = np.zeros((len(item.page_tables), self._pages_per_seq), np.int32)
+        tables[:, :num_known] = item.page_tables
+        return tables
+
+    def new_pages(self, scheduled: Sequence[ScheduledRequest]) -> list[PageUpdates]:
+        """What each group's tables have more than the device has; it is told by this call."""
+        updates: list[PageUpdates] = []
         for group, num_pages in enumerate(self._num_pages):
+            slots: list[int] = []
+            ids: list[int] = []
             for item in scheduled:
                 pages, row = item.page_tables[group], item.row
                 known = num_pages[row]
                 if len(pages) > known:
-                    self.tables[group, row, known : len(pages)] = pages[known:]
+                    first = row * self._pages_per_seq
+                    slots += range(first + known, first + len(pages))
+                    ids += pages[known:]
                     num_pages[row] = len(pages)
+            updates.append((slots, ids))
+        return updates
 
     def _set_params(self, row: int, p: SamplingParams, seed: int) -> None:
         adjusted = is_adjusted(p)

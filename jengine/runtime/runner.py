@@ -22,7 +22,7 @@ from jengine.runtime.batch import BatchLayout, HostBatch, build_batch
 from jengine.runtime.buckets import Bucket, build_buckets, pick_bucket
 from jengine.runtime.decode_steps import choose_max_decode_steps
 from jengine.runtime.forward import build_forward
-from jengine.runtime.programs import SET_ROW, Programs
+from jengine.runtime.programs import SET_PAGES, SET_ROW, Programs
 from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
 from jengine.runtime.row_mirror import RowMirror, is_adjusted
 from jengine.runtime.step import KV, StepOutput, StepSpec, build_step
@@ -90,8 +90,8 @@ class ModelRunner:
     def dispatch(self, plan: StepPlan) -> StepHandle:
         """Start a plan and return at once. Plans run on the device in dispatch order."""
         for item in plan.scheduled:
-            if item.is_admitted and is_adjusted(item.request.sampling):
-                self._set_row(item)
+            if item.is_admitted:
+                self._admit(item)
         bucket = self._pick_bucket(plan)
         batch = build_batch(plan, self._layouts[bucket], self._mirror)
         step = self.programs[str(bucket)]
@@ -211,7 +211,18 @@ class ModelRunner:
             output_counts=jnp.zeros(shape, jnp.int32, device=self.device),
             prompt_mask=jnp.zeros(shape, jnp.bool_, device=self.device),
             bias=jnp.zeros(shape, jnp.float32, device=self.device),
+            page_tables=tuple(
+                jnp.zeros((shape[0], self._pages_per_seq), jnp.int32, device=self.device)
+                for _ in self.groups
+            ),
         )
+
+    def _admit(self, item: ScheduledRequest) -> None:
+        tables = self._mirror.admit(item)
+        if tables is not None:
+            self.rows = self.programs[SET_PAGES](self.rows, np.int32(item.row), tables)
+        if is_adjusted(item.request.sampling):
+            self._set_row(item)
 
     def _set_row(self, item: ScheduledRequest) -> None:
         """Set the tables of a request that uses penalties or bias. Its tokens are all known when it

@@ -23,6 +23,8 @@ from jengine.layers.sampling import (
 from jengine.runtime.batch import PENDING, BatchLayout, DeviceBatch, unpack_batch
 
 KV = tuple[jax.Array, ...]
+Leaves = tuple[jax.Array, ...]  # parameters
+Tables = tuple[jax.Array, ...]  # page tables of a batch: per KV group, i32[S, M]
 
 
 @jax.tree_util.register_dataclass
@@ -69,11 +71,11 @@ def build_step(
     """
 
     def one_step(
-        params: tuple[jax.Array, ...], kv: KV, rows: RowState, batch: DeviceBatch
+        params: Leaves, kv: KV, rows: RowState, tables: Tables, batch: DeviceBatch
     ) -> tuple[KV, RowState, _Sampled]:
         model = spec.model(params)
         token_ids_T = _resolve_pending(batch, rows)
-        hidden_TD, kv = model(token_ids_T, kv, attention_metadata(spec, layout, batch))
+        hidden_TD, kv = model(token_ids_T, kv, attention_metadata(spec, layout, tables, batch))
         logits_SV = head_logits(hidden_TD[batch.last_token_index], model.head, batch.num_seqs)
         ids_S, is_finite_S = sample(logits_SV, rows, batch.sampling)
         rows = count_sampled(rows, batch.sampling, ids_S, batch.samples)
@@ -81,15 +83,15 @@ def build_step(
         return kv, rows, _Sampled(sampled, logits_SV, hidden_TD)
 
     def steps(
-        params: tuple[jax.Array, ...], kv: KV, rows: RowState, batch: DeviceBatch
+        params: Leaves, kv: KV, rows: RowState, tables: Tables, batch: DeviceBatch
     ) -> tuple[KV, RowState, _Sampled, jax.Array]:
-        shapes = jax.eval_shape(one_step, params, kv, rows, batch)[2]
+        shapes = jax.eval_shape(one_step, params, kv, rows, tables, batch)[2]
         last = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         sampled = jnp.zeros((2, layout.max_steps, layout.num_seqs), jnp.int32)
 
         def body(carry: Any) -> Any:
             i, kv, rows, _, sampled = carry
-            kv, rows, last = one_step(params, kv, rows, _after(batch, i))
+            kv, rows, last = one_step(params, kv, rows, tables, _after(batch, i))
             sampled = jax.lax.dynamic_update_index_in_dim(sampled, last.sampled, i, axis=1)
             return i + 1, kv, rows, last, sampled
 
@@ -104,11 +106,16 @@ def build_step(
         params: tuple[jax.Array, ...], kv: KV, rows: RowState, packed: jax.Array
     ) -> tuple[KV, RowState, StepOutput]:
         batch = unpack_batch(packed, layout)
+        rows = dataclasses.replace(rows, page_tables=_grown_tables(rows, batch))
+        tables = tuple(
+            table.at[batch.sampling.rows].get(mode="fill", fill_value=0)
+            for table in rows.page_tables
+        )
         if layout.max_steps == 1:
-            kv, rows, last = one_step(params, kv, rows, batch)
+            kv, rows, last = one_step(params, kv, rows, tables, batch)
             sampled = last.sampled[:, None]
         else:
-            kv, rows, last, sampled = steps(params, kv, rows, batch)
+            kv, rows, last, sampled = steps(params, kv, rows, tables, batch)
         # Outside of the loop: a top-k that the device cannot capture would keep all of it out of
         # the graph.
         any_logprobs = batch.sampling.any_logprobs
@@ -145,12 +152,12 @@ def _after(batch: DeviceBatch, num_steps: jax.Array) -> DeviceBatch:
 
 
 def attention_metadata(
-    spec: StepSpec, layout: BatchLayout, batch: DeviceBatch
+    spec: StepSpec, layout: BatchLayout, tables: Tables, batch: DeviceBatch
 ) -> AttentionMetadata:
     page_size = spec.groups[0].page_size
     slots = tuple(
         slot_mapping(table, batch.seq_ids, batch.positions, batch.num_tokens, page_size)
-        for table in batch.page_tables
+        for table in tables
     )
     return AttentionMetadata(
         positions=batch.positions,
@@ -158,7 +165,7 @@ def attention_metadata(
         kv_lens=batch.kv_lens,
         num_tokens=batch.num_tokens,
         num_seqs=batch.num_seqs,
-        page_tables=batch.page_tables,
+        page_tables=tables,
         slots=slots,
         group_of_layer=spec.group_of_layer,
         is_decode=layout.num_tokens == layout.num_seqs,  # see `Bucket.is_decode`
@@ -189,6 +196,23 @@ def set_row(
         output_counts=rows.output_counts.at[row].set(counts_V),
         prompt_mask=rows.prompt_mask.at[row].set(prompt_V),
         bias=rows.bias.at[row].set(bias_V),
+    )
+
+
+def set_pages(rows: RowState, row: jax.Array, pages_GM: jax.Array) -> RowState:
+    """Set the page tables of one row on admission. Donates `rows`."""
+    tables = tuple(table.at[row].set(pages_GM[g]) for g, table in enumerate(rows.page_tables))
+    return dataclasses.replace(rows, page_tables=tables)
+
+
+def _grown_tables(rows: RowState, batch: DeviceBatch) -> tuple[jax.Array, ...]:
+    """i32[R, M] per group, with the pages that the host has given out for this step."""
+    return tuple(
+        table.reshape(-1)
+        .at[batch.page_slots[g]]
+        .set(batch.page_ids[g], mode="drop", unique_indices=True)
+        .reshape(table.shape)
+        for g, table in enumerate(rows.page_tables)
     )
 
 

@@ -71,7 +71,10 @@ def run(rows: list[Row], logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, Ro
                 bias[R - 1 - i, token] += value
     state = RowState(state.last_token, jnp.array(counts), jnp.array(mask), jnp.array(bias))
     plan = StepPlan(0, tuple(scheduled), len(rows))
-    packed = build_batch(plan, LAYOUT, RowMirror(1, R, 4)).packed
+    mirror = RowMirror(1, R, 4)
+    for item in scheduled:
+        mirror.admit(item)
+    packed = build_batch(plan, LAYOUT, mirror).packed
     full = np.zeros((8, V), np.float32)
     full[: len(rows)] = logits
 

@@ -147,6 +147,7 @@ def row_state(config: dict[str, Any]) -> RowState:
             output_counts=jnp.zeros(table, jnp.int32),
             prompt_mask=jnp.zeros(table, jnp.bool_),
             bias=jnp.zeros(table, jnp.float32),
+            page_tables=(jnp.zeros((NUM_ROWS, MAX_MODEL_LEN // PAGE_SIZE), jnp.int32),),
         )
     )
 
