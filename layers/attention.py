@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jengine.kv_spec import KVSpec
-from jengine.pallas_kernels.kv_write.api import kv_write
+from jengine.layers.norm import RMSNorm
 from jengine.pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
+from jengine.pallas_kernels.rotate_and_write.api import rotate_and_write
 
 
 @jax.tree_util.register_dataclass
@@ -28,10 +29,9 @@ class AttentionMetadata:
     is_decode: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
-def paged_attention(
-    q_TNH: jax.Array,
-    k_TKH: jax.Array,
-    v_TKH: jax.Array,
+def rotary_paged_attention(
+    qkv_TXH: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
     kv_pages: jax.Array,
     metadata: AttentionMetadata,
     *,
@@ -40,14 +40,27 @@ def paged_attention(
     scale: float,
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
+    head_norms: tuple[RMSNorm, RMSNorm] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of the step's tokens over their contexts, new tokens included.
 
-    `kv_pages` is [P, B, 2, K, H] and is consumed: the caller keeps only the returned array, which
-    aliases it. Returns (out [T, N, H], kv_pages).
+    `qkv` holds the heads of queries, keys and values as projected; `rotation` is `rope_cos_sin`'s;
+    `head_norms` (of queries, of keys) come before it. `kv_pages` is [P, B, 2, K, H] and is
+    consumed: the caller keeps only the returned array, which aliases it. Returns (out [T, N, H],
+    kv_pages).
     """
     group = metadata.group_of_layer[layer]
-    kv_pages = kv_write(kv_pages, k_TKH, v_TKH, metadata.slots[group], metadata.num_tokens)
+    q_norm, k_norm = head_norms or (None, None)
+    q_TNH, kv_pages = rotate_and_write(
+        qkv_TXH,
+        *rotation,
+        kv_pages,
+        metadata.slots[group],
+        metadata.num_tokens,
+        q_norm_H=None if q_norm is None else q_norm.weight[...],
+        k_norm_H=None if k_norm is None else k_norm.weight[...],
+        eps=0.0 if q_norm is None else q_norm.eps,
+    )
     out = ragged_paged_attention(
         q_TNH,
         kv_pages,

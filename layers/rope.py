@@ -1,5 +1,5 @@
-"""Rotary position embedding and its length-scaling variants (arXiv:2104.09864; names as in Hugging
-Face configs).
+"""Rotations of rotary position embedding and their length-scaling variants (arXiv:2104.09864; names
+as in Hugging Face configs).
 """
 
 import math
@@ -75,18 +75,6 @@ def rope_cos_sin(table: RopeTable, positions_T: jax.Array) -> tuple[jax.Array, j
     cos, sin = jnp.cos(angles) * table.scaling, jnp.sin(angles) * table.scaling
     # Without the barrier XLA:CPU computes them again in every layer's fusion: 3 % of a prefill.
     return jax.lax.optimization_barrier((cos, sin))
-
-
-def apply_rope(x_TNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the pairs (i, i + H/2) of every head in float32; dimensions beyond the table pass
-    through.
-    """
-    half = cos.shape[-1]
-    x1, x2, rest = jnp.split(x_TNH, (half, 2 * half), axis=-1)
-    x1, x2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return jnp.concatenate([rotated.astype(x_TNH.dtype), rest], axis=-1)
 
 
 def _llama3(inv_freq: np.ndarray, scaling: Mapping[str, Any], factor: float) -> np.ndarray:

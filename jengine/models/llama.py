@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 
 from jengine.kv_spec import KVKind, KVSpec
-from jengine.layers.attention import AttentionMetadata, paged_attention
+from jengine.layers.attention import AttentionMetadata, rotary_paged_attention
 from jengine.layers.linear import Embedding, Linear, LMHead
 from jengine.layers.norm import RMSNorm
-from jengine.layers.rope import RopeTable, apply_rope, build_rope, rope_cos_sin
+from jengine.layers.rope import RopeTable, build_rope, rope_cos_sin
 from jengine.loading.rules import WeightRule, WeightTable
 from jengine.models.config_fields import ConfigFields
 from jengine.models.decoder_weights import (
@@ -87,17 +87,15 @@ class LlamaAttention(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig, layer: int) -> None:
         self.layer = layer
-        self.heads = cfg.num_attention_heads
-        self.kv_heads = cfg.num_key_value_heads
         self.head_dim = cfg.head_dim
-        self.kv_dtype = cfg.kv_dtype
         self.spec = kv_spec(cfg, layer)
-        rows = (self.heads + 2 * self.kv_heads) * self.head_dim
+        heads_dim = cfg.num_attention_heads * cfg.head_dim
+        rows = heads_dim + 2 * cfg.num_key_value_heads * cfg.head_dim
         self.qkv_proj = Linear(
             cfg.hidden_size, rows, ("heads", "embed"), cfg.dtype, bias=cfg.attention_bias
         )
         self.o_proj = Linear(
-            self.heads * self.head_dim,
+            heads_dim,
             cfg.hidden_size,
             ("embed", "heads"),
             cfg.dtype,
@@ -109,29 +107,25 @@ class LlamaAttention(nnx.Module):
         x_TD: jax.Array,
         kv_pages: jax.Array,
         metadata: AttentionMetadata,
-        cos: jax.Array,
-        sin: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
-        T, N, K, H = x_TD.shape[0], self.heads, self.kv_heads, self.head_dim
-        qkv_TNH = self.qkv_proj(x_TD, metadata.num_tokens).reshape(T, N + 2 * K, H)
-        qk_TNH = self.before_rope(qkv_TNH[:, : N + K], metadata.num_tokens)
-        qk_TNH = apply_rope(qk_TNH, cos, sin)
-        out_TNH, kv_pages = paged_attention(
-            qk_TNH[:, :N],
-            qk_TNH[:, N:].astype(self.kv_dtype),
-            qkv_TNH[:, N + K :].astype(self.kv_dtype),
+        T, H = x_TD.shape[0], self.head_dim
+        out_TNH, kv_pages = rotary_paged_attention(
+            self.qkv_proj(x_TD, metadata.num_tokens).reshape(T, -1, H),
+            rotation,
             kv_pages,
             metadata,
             layer=self.layer,
             spec=self.spec,
             scale=H**-0.5,
+            head_norms=self.head_norms,
         )
-        return self.o_proj(out_TNH.reshape(T, N * H), metadata.num_tokens), kv_pages
+        return self.o_proj(out_TNH.reshape(T, -1), metadata.num_tokens), kv_pages
 
-    def before_rope(self, qk_TNH: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        """What a family does to the heads of q, then k, before they rotate. Here: nothing."""
-        del num_tokens
-        return qk_TNH
+    @property
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
+        """Norms of every head of q and of k, in families that have them."""
+        return None
 
 
 class LlamaMLP(nnx.Module):
@@ -168,11 +162,10 @@ class LlamaDecoderLayer(nnx.Module):
         x_TD: jax.Array,
         kv_pages: jax.Array,
         metadata: AttentionMetadata,
-        cos: jax.Array,
-        sin: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         attended_TD, kv_pages = self.self_attn(
-            self.input_layernorm(x_TD, metadata.num_tokens), kv_pages, metadata, cos, sin
+            self.input_layernorm(x_TD, metadata.num_tokens), kv_pages, metadata, rotation
         )
         x_TD = x_TD + attended_TD
         normed_TD = self.post_attention_layernorm(x_TD, metadata.num_tokens)
@@ -203,11 +196,11 @@ class LlamaForCausalLM(nnx.Module):
         """Returns (hidden [T, D] after the last norm, kv). `kv` holds one page array per layer and
         is consumed.
         """
-        cos, sin = rope_cos_sin(self.cfg.rope, metadata.positions)
+        rotation = rope_cos_sin(self.cfg.rope, metadata.positions)
         x_TD = self.embed_tokens(token_ids_T)
         new_kv = []
         for layer, kv_pages in zip(self.layers, kv, strict=True):
-            x_TD, kv_pages = layer(x_TD, kv_pages, metadata, cos, sin)
+            x_TD, kv_pages = layer(x_TD, kv_pages, metadata, rotation)
             new_kv.append(kv_pages)
         return self.norm(x_TD, metadata.num_tokens), tuple(new_kv)
 

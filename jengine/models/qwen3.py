@@ -3,10 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Self
 
-import jax
-import jax.numpy as jnp
-
-from jengine.layers.norm import HeadNorm
+from jengine.layers.norm import RMSNorm
 from jengine.loading.rules import WeightRule, WeightTable
 from jengine.models.decoder_weights import TensorNames, names_of, weight_rule
 from jengine.models.llama import (
@@ -51,13 +48,12 @@ class Qwen3Attention(LlamaAttention):
 
     def __init__(self, cfg: LlamaConfig, layer: int) -> None:
         super().__init__(cfg, layer)
-        self.q_norm = HeadNorm(cfg.head_dim, cfg.rms_norm_eps, cfg.dtype)
-        self.k_norm = HeadNorm(cfg.head_dim, cfg.rms_norm_eps, cfg.dtype)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps, cfg.dtype, axis="head_dim")
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps, cfg.dtype, axis="head_dim")
 
-    def before_rope(self, qk_TNH: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        q_TNH = self.q_norm(qk_TNH[:, : self.heads], num_tokens)
-        k_TKH = self.k_norm(qk_TNH[:, self.heads :], num_tokens)
-        return jnp.concatenate([q_TNH, k_TKH], axis=1)
+    @property
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm]:
+        return self.q_norm, self.k_norm
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
