@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ PAGE_SIZE = 16
 PROMPT_TOKENS = 512
 NUM_TURNS = 400
 BUDGET_MS = {1: 0.2, 64: 0.5, 256: 1.0}  # one turn of the engine's thread, for streamed requests
+ADMITTED_TOKENS = (512, 8192, 131072)
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -58,10 +59,10 @@ MODEL = {
 PARTS = ("schedule", "dispatch", "collect", "update", "tell")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 over budget")
-    check = parser.parse_args().check
+    check = parser.parse_args(argv).check
     print(f"one turn of the engine, microseconds (medians of {NUM_TURNS})")
     names = ("requests", "reported", "steps", *PARTS, "turn", "per step", "front end")
     print(" ".join(f"{name:>9}" for name in names))
@@ -80,7 +81,7 @@ def main() -> int:
                 over.append(f"{num_requests} requests: {turn:.0f} us, budget {budget * 1000:.0f}")
     print(f"call of an executable with {NUM_BUFFERS} buffers: {time_call():.0f} us")
     print("admission of one prompt, microseconds (median of 20)")
-    for num_tokens in (512, 8192, 131072):
+    for num_tokens in ADMITTED_TOKENS:
         cold, warm = time_admission(num_tokens)
         print(f"{num_tokens:>9} tokens: cold {cold:>9.0f}   prefix hit {warm:>9.0f}")
     for line in over:
@@ -142,7 +143,9 @@ def _make_core(num_requests: int, num_steps: int, messages: list[FromCore]) -> E
             load_format="dummy",
             max_num_seqs=num_requests,
             max_num_batched_tokens=8192,
-            num_pages=max(num_requests * tokens, MODEL["max_position_embeddings"]) // PAGE_SIZE + num_requests + 1,
+            num_pages=max(num_requests * tokens, MODEL["max_position_embeddings"]) // PAGE_SIZE
+            + num_requests
+            + 1,
             page_size=PAGE_SIZE,
             keep_executables=False,
             max_decode_steps=num_steps,

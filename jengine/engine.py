@@ -145,7 +145,7 @@ class EngineCore:
         if plan is not None:
             handle = self.runner.dispatch(plan)
             self._in_flight.append(handle)
-            self._padded_tokens = handle.bucket.num_tokens * plan.num_steps
+            self._padded_tokens = handle.bucket.num_tokens
         if self._in_flight and (plan is None or len(self._in_flight) == self._depth):
             handle = self._in_flight.popleft()
             self._report(self.scheduler.update(handle.plan, self.runner.collect(handle)))

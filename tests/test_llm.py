@@ -23,6 +23,7 @@ from jengine.errors import (
     ModelNotFoundError,
     UnsupportedError,
 )
+from jengine.protocol import CoreRequest
 from jengine.request import RequestOutputKind
 from tests.oracles.echo_core import FACTORY, make_echo_model
 
@@ -45,6 +46,18 @@ def make_echo_llm(folder: Path, **kwargs: Any) -> LLM:
 def llm(folder: Path) -> Iterator[LLM]:
     with make_echo_llm(folder) as engine:
         yield engine
+
+
+def test_the_core_reports_at_the_end_unless_a_stop_string_is_looked_for(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Any] = []
+    send = llm._engine._client.send
+    monkeypatch.setattr(llm._engine._client, "send", lambda m: (sent.append(m), send(m)))
+    params = [GREEDY, GREEDY.clone(stop="d"), GREEDY.clone(logprobs=1)]
+    outputs = llm.generate(["abcd"] * 3, params, use_tqdm=False)
+    assert texts(outputs) == ["abcd", "abc", "abcd"]
+    assert [m.is_streamed for m in sent if isinstance(m, CoreRequest)] == [False, True, False]
 
 
 def texts(outputs: list[jengine.RequestOutput]) -> list[str]:

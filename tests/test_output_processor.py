@@ -320,6 +320,46 @@ def test_timings(tokenizer: Tokenizer) -> None:
     assert metrics.num_preemptions == 1
 
 
+def test_facts_come_with_the_first_tokens_and_the_last(tokenizer: Tokenizer) -> None:
+    """In between an output may hold nothing but tokens."""
+    bench = Bench(tokenizer)
+    bench.feed([97], scheduled_time=3.0, first_token_time=4.5, num_cached_tokens=16)
+    output = bench.feed([98, 99])
+    assert (output.num_cached_tokens, output.metrics.first_token_time) == (16, 4.5)
+    facts = dict(scheduled_time=3.0, first_token_time=4.5, num_cached_tokens=16, num_preemptions=2)
+    output = bench.feed([100], finish_reason=FinishReason.LENGTH, **facts)
+    assert (output.num_cached_tokens, output.metrics.num_preemptions) == (16, 2)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 8])
+def test_tokens_that_come_several_at_a_time_end_where_single_ones_end(
+    tokenizer: Tokenizer, cut: int
+) -> None:
+    """A stop string in the middle of what one dispatch brought, with a log-probability each."""
+    bench = Bench(tokenizer, stop="de", logprobs=0)
+    data, output = list(b"abcdefgh"), None
+    for i in range(0, len(data), cut):
+        logprobs = [LogprobsData([t], [-float(t)], 1) for t in data[i : i + cut]]
+        if not bench.state.is_finished:
+            output = bench.feed(data[i : i + cut], logprobs=logprobs)
+    assert output is not None and output.finished
+    completion = output.outputs[0]
+    assert (completion.text, completion.token_ids) == ("abc", list(b"abcde"))
+    assert completion.cumulative_logprob == -sum(b"abcde")
+    assert [list(position) for position in completion.logprobs] == [[t] for t in b"abcde"]
+    assert bench.aborted == bench.core_ids
+
+
+def test_all_tokens_in_one_output(tokenizer: Tokenizer) -> None:
+    """As the core sends a request that nobody reads step by step."""
+    bench = Bench(tokenizer, output_kind=FINAL_ONLY)
+    output = bench.feed([*"aé😀".encode(), EOS_ID], finish_reason=FinishReason.STOP)
+    assert (output.outputs[0].text, len(output.outputs[0].token_ids)) == ("aé😀", 8)
+    bench = Bench(None, [1, 2], output_kind=FINAL_ONLY)
+    output = bench.feed([5, 6, 7], finish_reason=FinishReason.LENGTH)
+    assert (output.outputs[0].text, output.outputs[0].token_ids) == ("", [5, 6, 7])
+
+
 def test_without_tokenizer_there_are_ids_only() -> None:
     bench = Bench(None, [1, 2], logprobs=0)
     output = bench.feed([97], logprobs=[LogprobsData([97], [-1.0], 1)])

@@ -136,7 +136,7 @@ class Scheduler:
         plan = StepPlan(self._next_step_id, tuple(scheduled), num_tokens, num_steps)
         self._next_step_id += 1
         self._stats.num_steps += num_steps
-        self._stats.scheduled_tokens = num_tokens
+        self._stats.scheduled_tokens = plan.tokens_per_step
         return plan
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:

@@ -25,11 +25,13 @@ class CorePump:
 
     def submit(
         self, request_id: str, prompt: list[int], params: SamplingParams, *, seed: int = 0,
-        eos: list[int] | None = None, priority: int = 0,
+        eos: list[int] | None = None, priority: int = 0, is_streamed: bool = True,
     ) -> None:  # fmt: skip
         eos_ids = [] if params.ignore_eos else (eos if eos is not None else [2])
         self.core.submit(
-            CoreRequest(request_id, prompt, params, eos_ids, seed, priority, "", time.time())
+            CoreRequest(
+                request_id, prompt, params, eos_ids, seed, priority, "", time.time(), is_streamed
+            )
         )
 
     def abort(self, *request_ids: str) -> None:

@@ -205,6 +205,28 @@ def test_logits_that_are_not_finite_end_a_request_where_single_steps_end_it(pair
     assert len(pair.multi.outputs()["bad"]) == 3  # the prompt's token, six, and the rest
 
 
+def test_a_request_that_nobody_reads_step_by_step_is_told_of_once(pair: Pair) -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
+    for pump in (pair.single, pair.multi):
+        pump.submit("quiet", _tokens(1, 12), params, seed=3, is_streamed=False)
+        pump.submit("aborted", _tokens(1, 12), params, seed=4, is_streamed=False)
+        # Log-probabilities come with their tokens, whatever was asked.
+        scored = params.clone(logprobs=1, max_tokens=4)
+        pump.submit("scored", _tokens(1, 12), scored, seed=3, is_streamed=False)
+        for _ in range(7):
+            pump.turn()
+        pump.abort("aborted")
+        pump.drain()
+        (output,) = pump.outputs()["quiet"]
+        (aborted,) = pump.outputs()["aborted"]
+        assert len(output.new_token_ids) == 20
+        assert output.first_token_time is not None
+        assert 0 < len(aborted.new_token_ids) < 20
+        assert len(pump.outputs()["scored"]) == 4
+        assert output.new_token_ids[:4] == pump.tokens()["scored"]
+    assert pair.multi.tokens()["quiet"] == pair.single.alone(_tokens(1, 12), params, seed=3)
+
+
 def test_same_executables_nothing_compiles_and_nothing_is_copied(pair: Pair) -> None:
     single, multi = (pump.core.runner for pump in (pair.single, pair.multi))
     assert multi.programs.ready.keys() == single.programs.ready.keys()
