@@ -116,7 +116,7 @@ def triton_call(
         block_y=np.int32(1),
         block_z=np.int32(1),
         shared_mem_bytes=np.int32(compiled.shared_bytes),
-        output_indices=np.arange(first, first + len(outputs), dtype=np.int64),
+        output_indices=tuple(range(first, first + len(outputs))),
     )
 
 

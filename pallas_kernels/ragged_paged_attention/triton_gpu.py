@@ -19,6 +19,7 @@ from jengine.pallas_kernels.triton_call import Schedule, triton_call
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_HEAD_DIM = 512
 NUM_MULTIPROCESSORS = 132
+LONG_PROMPT = 4096  # tokens
 MATRIX_ROWS = 16  # fewest rows that the matrix unit takes
 
 
@@ -37,21 +38,24 @@ def decode_tiling(head_dim: int, itemsize: int) -> Tiling:
     if itemsize == 4 or head_dim > 256:
         return Tiling(MATRIX_ROWS, 32, Schedule(4, 2), 2)
     if head_dim > 128:
-        return Tiling(MATRIX_ROWS, 32, Schedule(4, 3), 2)
-    return Tiling(MATRIX_ROWS, 64, Schedule(4, 3), 2)
+        return Tiling(MATRIX_ROWS, 32, Schedule(4, 5), 2)
+    return Tiling(MATRIX_ROWS, 64, Schedule(4, 5), 3)
 
 
-def tile_tiling(head_dim: int, itemsize: int) -> Tiling:
+def tile_tiling(num_tokens: int, head_dim: int, itemsize: int) -> Tiling:
+    """Rows do not change the order of a row's sums, so long prompts may have larger tiles: these
+    read each key less often, but are too few for a short prompt.
+    """
     if itemsize == 4 or head_dim > 256:
         return Tiling(32, 32, Schedule(4, 2))
     if head_dim > 128:
         return Tiling(64, 64, Schedule(4, 2))
-    return Tiling(128, 64, Schedule(8, 3))
+    return Tiling(256 if num_tokens >= LONG_PROMPT else 128, 64, Schedule(8, 3))
 
 
-def tile_queries(group: int, head_dim: int, itemsize: int) -> int:
+def tile_queries(num_tokens: int, group: int, head_dim: int, itemsize: int) -> int:
     """Queries in a tile: its rows hold the heads of one KV head for each."""
-    return max(1, tile_tiling(head_dim, itemsize).rows // _power_of_two(group))
+    return max(1, tile_tiling(num_tokens, head_dim, itemsize).rows // _power_of_two(group))
 
 
 def ragged_paged_attention(
@@ -94,7 +98,7 @@ def ragged_paged_attention(
     }
     prior_TNH = None
     if not is_decode:
-        queries = tile_queries(N // K, H, dtype.itemsize)
+        queries = tile_queries(T, N // K, H, dtype.itemsize)
         tiles = plan_tiles(cu_q_lens_S1, kv_lens_S, num_seqs, T, queries)
         prior_TNH = _attend_tiles(
             q_TNH, kv_pages_PB2KH, page_table_SM, tiles, sinks_N, window, constants
@@ -117,7 +121,7 @@ def _attend_tiles(
 
     _, N, H = q_TNH.shape
     K = kv_pages.shape[3]
-    tiling = tile_tiling(H, kv_pages.dtype.itemsize)
+    tiling = tile_tiling(q_TNH.shape[0], H, kv_pages.dtype.itemsize)
     group = _power_of_two(N // K)
     return triton_call(
         attend_tile,

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MIN_SPLIT = 256  # positions
+WHOLE = 512  # positions; up to so many a context stays in one piece
+MIN_SPLIT = 256
 MAX_SPLITS = 32
 
 
@@ -61,8 +62,12 @@ def plan_splits(
 
 
 def split_size(kv_lens_S: jax.Array) -> jax.Array:
-    """Positions in a split: a power of two that gives at most `MAX_SPLITS` of them."""
-    size_S = jnp.full_like(kv_lens_S, MIN_SPLIT)
+    """Positions in a split: a power of two that gives at most `MAX_SPLITS` of them.
+
+    Small splits keep a lone request's latency down; but each costs about a microsecond and its
+    partial result, so a short context is not cut at all.
+    """
+    size_S = jnp.where(kv_lens_S <= WHOLE, WHOLE, MIN_SPLIT)
     for power in range(MIN_SPLIT.bit_length(), 26):
         half = 1 << (power - 1)
         size_S = jnp.where(kv_lens_S > half * MAX_SPLITS, 1 << power, size_S)
