@@ -16,8 +16,9 @@ FAMILIES = {"llama": LLAMA_8B, "qwen3": QWEN3_600M}
 SEQS = 64
 STEPS = 8
 KERNELS_OF_A_LAYER = 10  # as many as vLLM launches
-METADATA_BYTES = 256 << 10  # page tables and what else one int32 array brings, cut into fields
+METADATA_BYTES = 64 << 10  # what one int32 array brings, cut into fields
 MIB = 1 << 20
+ONE_ROW = pytest.mark.xfail(reason="XLA takes two kernels for the norm of a single row")
 # XLA's own matrix products, and our kernels through its PTX call.
 CUSTOM_CALLS = {"__gpu$xla.gpu.ptx", "__cublas$gemm", "__cublas$lt$matmul"}
 
@@ -43,10 +44,10 @@ class Step:
 
 
 def compiled(
-    folder: Path, family: str, layers: int, tokens: int, seqs: int, max_steps: int = 1
+    folder: Path, family: str, layers: int, tokens: int, seqs: int, max_steps: int = 1, **options
 ) -> Step:
     config = {**FAMILIES[family], "num_hidden_layers": layers}
-    return Step(config, seqs, compile_step(config, tokens, seqs, folder, max_steps))
+    return Step(config, seqs, compile_step(config, tokens, seqs, folder, max_steps, **options))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -138,14 +139,15 @@ def test_a_prefill_step_needs_little_memory(prefill: Step) -> None:
     assert prefill.program.temp_bytes <= 2 * gate_up
 
 
-@pytest.mark.xfail(
-    reason="rotation and KV write take two kernels (Qwen3: four with its norms), and untuned "
-    "products leave the residual sums to two more"
-)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kernels_of_a_layer(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seqs", [pytest.param(1, marks=ONE_ROW), SEQS])
+def test_kernels_of_a_layer(family: str, seqs: int, tmp_path: Path) -> None:
+    """With cuBLAS for products: untuned, XLA's own ones are split and added up in further kernels,
+    as no tuned program does."""
     two, four = (
-        compiled(tmp_path / str(layers), family, layers, SEQS, SEQS).program.kernels
+        compiled(
+            tmp_path / str(layers), family, layers, seqs, seqs, xla_gpu_enable_triton_gemm=False
+        ).program.kernels
         for layers in (2, 4)
     )
     assert (len(four) - len(two)) / 2 <= KERNELS_OF_A_LAYER, "\n".join(four)

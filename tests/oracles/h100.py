@@ -107,9 +107,15 @@ needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing())
 
 
 def compile_step(
-    config: dict[str, Any], num_tokens: int, num_seqs: int, folder: Path, max_steps: int = 1
+    config: dict[str, Any],
+    num_tokens: int,
+    num_seqs: int,
+    folder: Path,
+    max_steps: int = 1,
+    **options: Any,
 ) -> Program:
-    """The step of one bucket as the engine builds it, over abstract parameters in bfloat16."""
+    """The step of one bucket as the engine builds it, over abstract parameters in bfloat16.
+    `options` are the compiler's, beside the engine's own."""
     _, model_class = resolve_architecture(config)
     cfg = model_class.config_class.from_hf(
         config, dtype="bfloat16", kv_dtype="bfloat16", max_model_len=MAX_MODEL_LEN
@@ -130,7 +136,7 @@ def compile_step(
     leaves = tuple(_array(p.shape, p.dtype) for p in abstract_parameters(module).values())
     packed = _array((layout.size,), "int32")
     arguments = (leaves, kv_arrays(config), row_state(config), packed)
-    return compile_for_h100(build_step(spec, layout), arguments, ("kv", "rows"), folder)
+    return compile_for_h100(build_step(spec, layout), arguments, ("kv", "rows"), folder, **options)
 
 
 def kv_arrays(config: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -157,7 +163,11 @@ def num_bytes(tree: Any) -> int:
 
 
 def compile_for_h100(
-    function: Callable[..., Any], arguments: tuple[Any, ...], donated: Sequence[str], folder: Path
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    donated: Sequence[str],
+    folder: Path,
+    **options: Any,
 ) -> Program:
     """Trace `function` for CUDA over abstract arguments, compile it and read XLA's dump."""
     sharding = SingleDeviceSharding(_device())
@@ -166,8 +176,8 @@ def compile_for_h100(
     )
     with tracing_for("cuda"):
         lowered = jax.jit(function, donate_argnames=donated).lower(*placed)
-    options = {**compiler_options("cuda"), "xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-    compiled = lowered.compile(compiler_options=options)
+    dump = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(compiler_options={**compiler_options("cuda"), **dump, **options})
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
     return Program(
