@@ -30,11 +30,11 @@ from jengine.core.scheduler import Scheduler
 from jengine.engine import EngineCore
 from jengine.input_processor import PreparedRequest
 from jengine.kv_spec import KVKind, KVSpec, build_groups
-from jengine.models.loader import load_model
 from jengine.output_processor import OutputProcessor
 from jengine.protocol import CoreRequest, FromCore, StepOutputs
 from jengine.request import Request, RequestOutputKind, SamplingParams
-from jengine.runtime.runner import ModelRunner
+from jengine.runtime.buckets import Bucket
+from jengine.runtime.runner import load_runner
 
 PAGE_SIZE = 16
 PROMPT_TOKENS = 512
@@ -150,9 +150,9 @@ def _make_core(num_requests: int, num_steps: int, messages: list[FromCore]) -> E
             keep_executables=False,
             max_decode_steps=num_steps,
         )
-        device = jax.devices()[0]
-        runner = ModelRunner(config, load_model(config, device), device)
-    runner.programs = _NoPrograms(num_requests, num_steps)  # type: ignore[assignment]
+        runner = load_runner(config)
+    programs = _NoPrograms(num_requests, num_steps, runner.buckets)
+    runner.programs = programs  # type: ignore[assignment]
     core = EngineCore(config, messages.append)
     core.attach(runner)
     return core
@@ -161,9 +161,10 @@ def _make_core(num_requests: int, num_steps: int, messages: list[FromCore]) -> E
 class _NoPrograms:
     """Executables that return at once, and always sample token 7."""
 
-    num_late = 0
+    num_late = num_pending = 0
 
-    def __init__(self, num_seqs: int, num_steps: int) -> None:
+    def __init__(self, num_seqs: int, num_steps: int, buckets: tuple[Bucket, ...]) -> None:
+        self.usable_buckets = buckets
         sampled = _Sampled(num_seqs, num_steps)
         self._output = argparse.Namespace(sampled=sampled)
 

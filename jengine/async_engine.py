@@ -270,6 +270,12 @@ class AsyncEngine:
         """Forget cached prefixes. False if pages are in use and nothing was done."""
         return bool(await self.call_utility("reset_prefix_cache"))
 
+    async def wait_until_compiled(self) -> int:
+        """Wait for executables that are still being compiled while larger ones serve; returns how
+        many there are. Requests may run meanwhile.
+        """
+        return int(await self.call_utility("wait_until_compiled"))
+
     async def call_utility(self, method: str, *args: Any) -> Any:
         """Result of a rare operation of the core (`memory_plan`, `check_integrity`, ...)."""
         self._check_alive()

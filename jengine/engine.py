@@ -3,12 +3,14 @@ scheduler and runner.
 """
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import queue
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import msgspec
@@ -18,8 +20,7 @@ from jengine.core.kv_manager import KVManager
 from jengine.core.plan import RequestUpdate, TokenLogprobs
 from jengine.core.scheduler import Scheduler
 from jengine.errors import InvalidRequestError, JengineError, QueueFullError
-from jengine.jax_compat import quiet_without_gpu
-from jengine.models.loader import load_model
+from jengine.models.loader import load_parameters, open_model
 from jengine.protocol import (
     PROTOCOL_VERSION,
     AbortRequests,
@@ -38,6 +39,15 @@ from jengine.protocol import (
     UtilityResult,
 )
 from jengine.request import FinishReason, Request
+from jengine.runtime.blueprint import (
+    device_placement,
+    draw_blueprint,
+    dummy_compiler,
+    keep_jax_cache,
+    open_artifacts,
+)
+from jengine.runtime.memory import open_device
+from jengine.runtime.programs import Programs
 from jengine.runtime.runner import ModelRunner, StepHandle
 
 log = logging.getLogger(__name__)
@@ -58,6 +68,7 @@ class EngineCore:
         self._depth = 2 if config.scheduler.async_scheduling else 1
         self._stop_at: float | None = None  # deadline of a drain; 0 = now
         self._padded_tokens = 0  # of the last step's bucket
+        self._programs: Programs | None = None  # the runner's, from before there is one
         self.runner: ModelRunner
         self.scheduler: Scheduler
 
@@ -77,6 +88,9 @@ class EngineCore:
             log.error("engine core stopped: %s", traceback.format_exc())
             known = isinstance(error, (JengineError, ValueError, OSError))
             self._emit(CoreDead(str(error) if known else f"{type(error).__name__}: {error}"))
+        finally:
+            if self._programs is not None:
+                self._programs.close()
 
     @property
     def has_work(self) -> bool:
@@ -88,29 +102,50 @@ class EngineCore:
             **msgspec.structs.asdict(self.scheduler.stats()),
             num_compilations=self.runner.programs.num_late,
             padded_tokens=self._padded_tokens,
+            num_compiling=self.runner.programs.num_pending,
         )
 
     def start(self) -> None:
-        """Load the model, prepare every executable, report `CoreReady`."""
-        started = time.perf_counter()
-        quiet_without_gpu()
-        device = jax.devices()[0]
-        loaded = load_model(self._config, device)
-        runner = ModelRunner(self._config, loaded, device)
-        self.attach(runner, f"{loaded.checkpoint.name}/{loaded.cfg.dtype}/{runner.groups}")
-        self.runner.warm_up()
-        plan = self.runner.memory_plan()
+        """Load the model, prepare executables, report `CoreReady`.
+
+        Parameters arrive while executables are made ready; the KV cache comes last, since tuning
+        needs memory.
+        """
+        config, phases = self._config, _Phases()
+        with phases.measure("device"):
+            device, device_memory = open_device(config.cache)
+        with phases.measure("model"):
+            model = open_model(config)
+            artifacts = open_artifacts(config, device)
+            keep_jax_cache(artifacts)
+        draws, placement = dummy_compiler(artifacts), device_placement(device)
+        with ThreadPoolExecutor(1, thread_name_prefix="weights") as thread:
+            weights = thread.submit(load_parameters, model, placement, draws)
+            with phases.measure("plan"):
+                blueprint = draw_blueprint(config, model, device, device_memory, artifacts)
+                self._programs = blueprint.programs
+            with phases.measure("executables"):
+                blueprint.warm_up()
+            with phases.measure("weights"):  # what is left of them
+                parameters = jax.block_until_ready(weights.result())
+        with phases.measure("kv cache"):
+            runner = ModelRunner(blueprint, parameters)
+            jax.block_until_ready(runner.kv)
+        self.attach(runner, f"{model.checkpoint.name}/{model.cfg.dtype}/{runner.groups}")
         self._emit(
             CoreReady(
                 protocol_version=PROTOCOL_VERSION,
                 num_pages=self.scheduler.stats().num_pages_total,
-                page_size=self._config.cache.page_size,
+                page_size=config.cache.page_size,
                 max_model_len=self.runner.max_model_len,
                 vocab_size=self.runner.vocab_size,
-                memory_plan=plan.table(),
-                dtype=loaded.cfg.dtype,
+                memory_plan=self._memory_table(),
+                dtype=model.cfg.dtype,
                 compile_seconds=self.runner.programs.warm_up_seconds,
-                startup_seconds=time.perf_counter() - started,
+                startup_seconds=phases.total,
+                phases=phases.seconds,
+                num_compiled=self.runner.programs.num_compiled + draws.num_compiled,
+                num_compiling=self.runner.programs.num_pending,
             )
         )
 
@@ -135,6 +170,12 @@ class EngineCore:
         )
         self.runner = runner
         self.scheduler = Scheduler(config, kv, runner.max_model_len)
+
+    def _memory_table(self) -> str:
+        plan = self.runner.memory_plan()
+        if plan.device.is_planned and plan.total > plan.device.budget:
+            log.warning("more memory is needed than planned:\n%s", plan.table())
+        return plan.table()
 
     def turn(self) -> None:
         """One turn of the loop: read messages, start a step if there is one, finish the oldest if
@@ -174,6 +215,8 @@ class EngineCore:
                 self._report(
                     [RequestUpdate(r, [] if r.is_streamed else r.output_token_ids) for r in aborted]
                 )
+            case CallUtility(call_id, "wait_until_compiled", []):
+                self._tell_when_compiled(message, call_id)
             case CallUtility(call_id, method, args):
                 self._call(call_id, method, args)
             case Shutdown(drain_seconds):
@@ -215,6 +258,17 @@ class EngineCore:
             self._emit(UtilityResult(call_id, error=f"no utility {method!r} of these arguments"))
             return
         self._emit(UtilityResult(call_id, msgspec.Raw(msgspec.msgpack.encode(utility()))))
+
+    def _tell_when_compiled(self, message: CallUtility, call_id: int) -> None:
+        """Answer now, or take the question up again when the last compilation has ended."""
+        programs = self.runner.programs
+        if programs.num_pending:
+            programs.when_compiled(lambda: self.submit(message))
+        elif failures := programs.failures:
+            self._emit(UtilityResult(call_id, error=f"not compiled: {failures}"))
+        else:
+            num_ready = msgspec.msgpack.encode(len(programs.ready))
+            self._emit(UtilityResult(call_id, msgspec.Raw(num_ready)))
 
     def _check_integrity(self) -> bool:
         self.scheduler.check_integrity()
@@ -260,3 +314,21 @@ def _wire(entries: list[TokenLogprobs] | None) -> list[LogprobsData] | None:
     if entries is None:
         return None
     return [LogprobsData(e.token_ids, e.logprobs, e.rank) for e in entries]
+
+
+class _Phases:
+    """Seconds of each part of a start."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._started
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started

@@ -191,6 +191,12 @@ class LLM:
         """Where the memory goes: parameters, activations, pages."""
         return self._engine.ready.memory_plan
 
+    def wait_until_compiled(self) -> int:
+        """Wait for executables that are still being compiled while larger ones serve; returns how
+        many there are. Before a measurement; else nobody needs to wait.
+        """
+        return int(self._engine.call("wait_until_compiled"))
+
     def get_tokenizer(self) -> Tokenizer:
         return self._engine.inputs.tokenizer
 

@@ -103,9 +103,10 @@ class EngineStats(msgspec.Struct, array_like=True):
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
     num_steps: int = 0  # forward passes, of which one dispatch may hold several
-    num_compilations: int = 0  # after warm-up; any is a bug
+    num_compilations: int = 0  # that nobody prepared; any is a bug
     scheduled_tokens: int = 0  # tokens of the last step
     padded_tokens: int = 0  # its bucket
+    num_compiling: int = 0  # executables that are not ready yet, while larger ones serve
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):
@@ -132,6 +133,9 @@ class CoreReady(msgspec.Struct, tag="ready", array_like=True):
     startup_seconds: float
     compile_seconds: float = 0.0  # of those: making executables ready, compiled or loaded
     dtype: str = ""  # of activations and parameters, "auto" resolved
+    phases: dict[str, float] = {}  # startup_seconds by part
+    num_compiled: int = 0  # executables that were not found on disk
+    num_compiling: int = 0  # of all, those that are still being compiled
 
 
 class CoreDead(msgspec.Struct, tag="dead", array_like=True):

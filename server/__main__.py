@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jengine.config import EngineConfig
     from jengine.server.settings import ServerSettings
 
-COMMANDS_WITH_VLLM_FLAGS = ("serve", "bench")
+COMMANDS_WITH_VLLM_FLAGS = ("serve", "bench", "prebuild")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 app = typer.Typer(
@@ -159,6 +159,15 @@ def plan(engine: EngineFlags) -> None:
     from jengine.server import cli_session
 
     print(asyncio.run(cli_session.memory_plan(engine.build())))
+
+
+@app.command()
+@takes(EngineFlags)
+def prebuild(engine: EngineFlags) -> None:
+    """Compile ahead of time what `serve` with the same flags compiles at its first start."""
+    from jengine.server import cli_prebuild
+
+    cli_prebuild.run(engine.build())
 
 
 @app.command("collect-env")

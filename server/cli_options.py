@@ -158,6 +158,14 @@ class EngineFlags:
     compile_threads: Annotated[
         int | None, _flag("--compile-threads", panel=_COMPILE, text="Programs compiled at once.")
     ] = None
+    background_compile: Annotated[
+        bool | None,
+        _flag(
+            "--background-compile/--no-background-compile",
+            panel=_COMPILE,
+            text="Serve with the first executables while the rest compile (default on GPUs).",
+        ),
+    ] = None
 
     def build(self) -> EngineConfig:
         """Raises `typer.BadParameter` for values that do not fit."""

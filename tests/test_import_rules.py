@@ -47,6 +47,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         }
     ),
     "jengine.engine": frozenset({"jengine.runtime", "jengine.core", "jengine.models", COMPAT}),
+    "jengine.prebuild": frozenset(
+        {"jengine.runtime", "jengine.models", "jengine.loading", "jengine.layers.param"}
+    ),
 }
 # The front end reaches the core by name ("jengine.engine:EngineCore") and by messages.
 FRONT_END = frozenset(
@@ -76,6 +79,7 @@ MAY_IMPORT["jengine.server"] = frozenset(
         "jengine.client",
         "jengine.input_processor",
         "jengine.loading.pull",
+        "jengine.prebuild",
         "jengine.text.tokenizer",
     }
 )

@@ -1,51 +1,115 @@
 """Random parameters, for work on speed and plumbing that needs a model's shapes but not its
-weights.
+weights. Drawn on the device: a host takes a minute for what a GPU does in a second.
 """
 
+import functools
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jengine.layers.param import DUMMY_STD, ParamInfo
-from jengine.loading.arrays import aligned_empty, numpy_dtype
 
-Placed = TypeVar("Placed")  # a parameter where `put` put it: a jax.Array in the engine
+# Normals made at a time. They are written into the parameter's own buffer, so that a weight never
+# has a float32 copy of itself.
+CHUNK_ELEMENTS = 1 << 22
+COMPILE_THREADS = 4
 
-CHUNK_ELEMENTS = 1 << 21
+Draw = Callable[[np.ndarray], jax.Array]  # key u32[2] -> parameter
+
+
+class Compile(Protocol):
+    """Finds or makes the executable of a jitted function of these abstract arguments."""
+
+    def __call__(
+        self, name: str, jitted: Any, arguments: Sequence[jax.ShapeDtypeStruct]
+    ) -> Callable[..., jax.Array]: ...
+
+
+def compile_here(
+    name: str, jitted: Any, arguments: Sequence[jax.ShapeDtypeStruct]
+) -> Callable[..., jax.Array]:
+    """A `Compile` that keeps nothing on disk; jit itself keeps what it has compiled."""
+    del name, arguments
+    return jitted
 
 
 def dummy_parameters(
     abstract: Mapping[str, ParamInfo],
     seed: int,
-    put: Callable[[str, np.ndarray], Placed],
+    placement: jax.sharding.Sharding,
+    compile_: Compile = compile_here,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Placed]:
+) -> dict[str, jax.Array]:
     """normal(0, 0.02) weights, ones and zeros where declared.
 
-    A parameter depends on `seed` and its path only: not on the other parameters, their order or the
-    machine.
+    A parameter depends on `seed` and its path only: not on the other parameters or their order.
+    The draws of another back end may differ in the last bit.
     """
+    draws = dummy_programs(abstract.values(), placement, compile_)
     total = sum(info.num_bytes for info in abstract.values())
     done = 0
     parameters = {}
     for path, info in abstract.items():
-        parameters[path] = put(path, _draw(path, info, seed))
+        parameters[path] = draws[program_name(info)](parameter_key(seed, path))
         done += info.num_bytes
         progress(done, total)
     return parameters
 
 
-def _draw(path: str, info: ParamInfo, seed: int) -> np.ndarray:
-    value = aligned_empty(info.shape, numpy_dtype(info.dtype))
-    if info.init != "normal":
-        value[...] = 1 if info.init == "ones" else 0
-        return value
+def dummy_programs(
+    infos: Iterable[ParamInfo], placement: jax.sharding.Sharding, compile_: Compile
+) -> dict[str, Draw]:
+    """By name, one program for each distinct (shape, dtype, init)."""
+    key = jax.ShapeDtypeStruct((2,), np.uint32, sharding=placement)
+    distinct = {program_name(info): info for info in infos}
+
+    def prepare(item: tuple[str, ParamInfo]) -> Draw:
+        name, info = item
+        return compile_(name, _jitted(info.shape, info.dtype, info.init, placement), (key,))
+
+    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
+        return dict(zip(distinct, pool.map(prepare, distinct.items()), strict=True))
+
+
+def program_name(info: ParamInfo) -> str:
+    return f"{info.init}-{info.dtype}-{'x'.join(map(str, info.shape))}"
+
+
+def parameter_key(seed: int, path: str) -> np.ndarray:
+    """Key data u32[2]. Made on the host: folding in a hash there costs no program."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    random = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    flat = value.reshape(-1)
-    for start in range(0, flat.size, CHUNK_ELEMENTS):
-        chunk = flat[start : start + CHUNK_ELEMENTS]
-        chunk[...] = random.standard_normal(chunk.size, np.float32) * np.float32(DUMMY_STD)
-    return value
+    return np.frombuffer(digest[:8], np.uint32)
+
+
+@functools.cache
+def _jitted(
+    shape: tuple[int, ...], dtype: str, init: str, placement: jax.sharding.Sharding
+) -> Callable[[jax.Array], jax.Array]:
+    def draw(key_data: jax.Array) -> jax.Array:
+        if init == "normal":
+            return _normal(key_data, shape, jnp.dtype(dtype))
+        return jnp.full(shape, 1 if init == "ones" else 0, jnp.dtype(dtype))
+
+    return jax.jit(draw, out_shardings=placement)
+
+
+def _normal(key_data: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
+    num_rows, width = math.prod(shape[:-1]), shape[-1]
+    chunk = min(max(1, CHUNK_ELEMENTS // width), num_rows)  # rows
+
+    def write_chunk(i: jax.Array, rows: jax.Array) -> jax.Array:
+        values = jax.random.normal(jax.random.fold_in(key, i), (chunk, width), jnp.float32)
+        values = (values * jnp.float32(DUMMY_STD)).astype(dtype)
+        # The last chunk ends with the array and overlaps the one before.
+        start = jnp.minimum(i * chunk, num_rows - chunk)
+        return jax.lax.dynamic_update_slice(rows, values, (start, jnp.zeros_like(start)))
+
+    zeros = jnp.zeros((num_rows, width), dtype)
+    return jax.lax.fori_loop(0, -(-num_rows // chunk), write_chunk, zeros).reshape(shape)

@@ -14,8 +14,8 @@ from jengine.config import EngineConfig
 from jengine.errors import LoadError
 from jengine.layers.param import abstract_parameters
 from jengine.loading.checkpoint import Checkpoint, open_checkpoint
-from jengine.loading.dummy import dummy_parameters
-from jengine.loading.rules import load_parameters
+from jengine.loading.dummy import Compile, compile_here, dummy_parameters
+from jengine.loading.rules import load_parameters as load_checkpoint
 from jengine.models.registry import resolve_architecture
 from jengine.pallas_kernels.kv_write.api import is_in_place
 
@@ -25,20 +25,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """An abstract module (declarations only) and its parameters by path."""
+class ModelDefinition:
+    """An opened model whose parameters are not read: an abstract module, and where they are."""
 
     checkpoint: Checkpoint
     architecture: str
     cfg: Any  # the family's frozen config
     module: Any  # nnx.Module; holds no arrays
-    parameters: dict[str, jax.Array]
     max_model_len: int
+    seed: int  # of dummy parameters
 
 
-def load_model(config: EngineConfig, device: jax.Device) -> LoadedModel:
-    """Open the checkpoint, declare the module, read its parameters onto `device`."""
-    started = time.perf_counter()
+def open_model(config: EngineConfig) -> ModelDefinition:
+    """Open the checkpoint and declare the module."""
     checkpoint = open_checkpoint(config.model)
     hf = checkpoint.hf_config
     architecture, model_class = resolve_architecture(hf)
@@ -48,26 +47,37 @@ def load_model(config: EngineConfig, device: jax.Device) -> LoadedModel:
     cfg = model_class.config_class.from_hf(
         hf, dtype=dtype, kv_dtype=kv_dtype, max_model_len=max_model_len
     )
-    module = model_class(cfg)
-    abstract = abstract_parameters(module)
+    return ModelDefinition(
+        checkpoint, architecture, cfg, model_class(cfg), max_model_len, config.model.seed
+    )
 
-    def put(path: str, value: np.ndarray) -> jax.Array:
-        del path
-        return jax.device_put(value, device)
 
+def load_parameters(
+    model: ModelDefinition,
+    placement: jax.sharding.Sharding,
+    compile_: Compile = compile_here,
+) -> dict[str, jax.Array]:
+    """Read, or draw, the parameters onto the device, by path. They may still be on their way."""
+    started = time.perf_counter()
+    abstract = abstract_parameters(model.module)
     with tqdm(desc="weights", unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        if checkpoint.tensors is None:
-            parameters = dummy_parameters(abstract, config.model.seed, put, progress)
+        def put(path: str, value: np.ndarray) -> jax.Array:
+            del path
+            return jax.device_put(value, placement)
+
+        tensors = model.checkpoint.tensors
+        if tensors is None:
+            parameters = dummy_parameters(abstract, model.seed, placement, compile_, progress)
         else:
-            table = model_class.weight_table(cfg, checkpoint.dialect)
-            parameters = load_parameters(checkpoint.tensors, table, abstract, put, progress)
-    log.info("%s loaded in %.1f s", architecture, time.perf_counter() - started)
-    return LoadedModel(checkpoint, architecture, cfg, module, parameters, max_model_len)
+            table = type(model.module).weight_table(model.cfg, model.checkpoint.dialect)
+            parameters = load_checkpoint(tensors, table, abstract, put, progress)
+    log.info("%s loaded in %.1f s", model.architecture, time.perf_counter() - started)
+    return parameters
 
 
 def resolve_max_model_len(hf: dict[str, Any], asked: int | None) -> int:

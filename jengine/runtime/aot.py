@@ -1,106 +1,203 @@
-"""Compiled executables, kept on disk: a restart with the same key compiles nothing."""
+"""Compiled executables, kept on disk: a restart with the same key compiles nothing.
+
+<root>/<toolchain key>/meta.json             JAX, device, flags: what any program depends on
+<root>/<toolchain key>/autotune/, jax/       XLA's tuning results; JAX's own cache
+<root>/<toolchain key>/<program key>/meta.json      our sources and the model's shapes
+<root>/<toolchain key>/<program key>/<pages>/<name> one executable
+"""
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import importlib
+import json
 import logging
 import os
+import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend
 import jaxlib.version
 from jax.experimental import serialize_executable
 
-from jengine.pallas_kernels.native import loader as native
+from jengine.config import xla_flags
+from jengine.runtime.xla_options import Options
 
 log = logging.getLogger(__name__)
 
-
-def executable_key(device: jax.Device, *parts: Any) -> str:
-    """Digest of everything an executable depends on: our code, the arguments, jax, the device and
-    its flags.
-    """
-    digest = hashlib.sha256()
-    facts = (
-        _source_digest(),
-        jax.__version__,
-        jaxlib.version.__version__,
-        device.platform,
-        device.device_kind,
-        jax.device_count(),
-        native.fingerprint(),
-        *parts,
-    )
-    for fact in facts:
-        digest.update(repr(fact).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()[:32]
+META = "meta.json"
+SOURCES = ("models", "runtime", "layers", "pallas_kernels", "sharding")
 
 
 class ExecutableStore:
-    """Serialised executables in a folder, under one key. A damaged file counts as absent."""
+    """Serialised executables in one folder (None: nothing is kept). A damaged file counts as
+    absent.
+    """
 
-    def __init__(self, folder: Path | None, key: str, device: jax.Device) -> None:
+    def __init__(self, folder: Path | None, device: jax.Device) -> None:
+        self.folder = folder
         self._device = device
-        self._folder = None if folder is None else folder / key
-        self.num_compiled = 0
 
-    def get(
-        self,
-        name: str,
-        structure: tuple[Any, Any],
-        compile_: Callable[[], jax.stages.Compiled],
-    ) -> jax.stages.Compiled:
-        """Load `name`, or compile and keep it. `structure` is (in_tree, out_tree) of the
-        executable's call.
-        """
-        if (compiled := self._load(name, structure)) is not None:
-            return compiled
-        compiled = compile_()
-        self.num_compiled += 1
-        self._save(name, compiled)
-        return compiled
+    def inside(self, name: str) -> "ExecutableStore":
+        """The store in a folder of this one."""
+        return ExecutableStore(None if self.folder is None else self.folder / name, self._device)
 
-    def _load(self, name: str, structure: tuple[Any, Any]) -> jax.stages.Compiled | None:
-        if self._folder is None:
+    def load(self, name: str, structure: tuple[Any, Any]) -> jax.stages.Compiled | None:
+        """`structure` is (in_tree, out_tree) of the executable's call."""
+        if (payload := self._read(name)) is None:
             return None
         try:
-            payload = (self._folder / name).read_bytes()
+            return serialize_executable.deserialize_and_load(
+                payload, *structure, execution_devices=[self._device]
+            )
+        except (jax.errors.JaxRuntimeError, ValueError, pickle.UnpicklingError) as error:
+            log.warning("executable %s cannot be loaded; compiling it again: %s", name, error)
+            return None
+
+    def save(self, name: str, compiled: jax.stages.Compiled) -> None:
+        if self.folder is None:
+            return
+        try:
+            payload, _, _ = serialize_executable.serialize(compiled)
+            write_whole(self.folder / name, hashlib.sha256(payload).digest() + payload)
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+            log.warning("executable %s could not be kept: %s", name, error)
+
+    def size(self, name: str) -> int:
+        """Bytes of the file; 0 if there is none."""
+        if self.folder is None:
+            return 0
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / name).stat().st_size
+        return 0
+
+    def recall(self, name: str) -> dict[str, Any] | None:
+        """Small figures that `remember` wrote."""
+        payload = self._read(name)
+        return None if payload is None else json.loads(payload)
+
+    def remember(self, name: str, figures: Mapping[str, Any]) -> None:
+        if self.folder is None:
+            return
+        payload = json.dumps(figures, indent=1).encode()
+        try:
+            write_whole(self.folder / name, hashlib.sha256(payload).digest() + payload)
+        except OSError as error:
+            log.warning("%s could not be kept: %s", name, error)
+
+    def _read(self, name: str) -> bytes | None:
+        if self.folder is None:
+            return None
+        try:
+            content = (self.folder / name).read_bytes()
         except FileNotFoundError:
             return None
-        digest, payload = payload[:32], payload[32:]
+        digest, payload = content[:32], content[32:]
         if hashlib.sha256(payload).digest() != digest:
-            log.warning("executable %s is damaged; compiling it again", name)
+            log.warning("%s is damaged; making it again", name)
             return None
-        return serialize_executable.deserialize_and_load(
-            payload, *structure, execution_devices=[self._device]
-        )
-
-    def _save(self, name: str, compiled: jax.stages.Compiled) -> None:
-        if self._folder is None:
-            return
-        payload, _, _ = serialize_executable.serialize(compiled)
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=self._folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(payload).digest() + payload)
-            os.replace(temporary, self._folder / name)  # a reader sees the whole file or none
-        except OSError as error:
-            log.warning("executable %s could not be kept: %s", name, error)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        return payload
 
 
-def _source_digest() -> str:
-    """Digest of the source that programs are traced from: an edit invalidates every executable."""
+class ProgramCache:
+    """Finds or makes the executables of small jitted functions (see `loading.dummy.Compile`)."""
+
+    def __init__(self, store: ExecutableStore) -> None:
+        self._store = store
+        self.num_compiled = 0
+
+    def __call__(
+        self, name: str, jitted: Any, arguments: Sequence[jax.ShapeDtypeStruct]
+    ) -> Callable[..., jax.Array]:
+        if self._store.folder is None:
+            return jitted  # which keeps what it has compiled, for this process
+        structure = jax.tree.structure((tuple(arguments), {})), jax.tree.structure(0)
+        if (compiled := self._store.load(name, structure)) is None:
+            compiled = jitted.lower(*arguments).compile()
+            self._store.save(name, compiled)
+            self.num_compiled += 1
+        return compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifacts:
+    """The folders of one toolchain under `root`; None: nothing is kept."""
+
+    root: Path | None
+    device: jax.Device
+    options: Options
+
+    @functools.cached_property
+    def toolchain(self) -> Path | None:
+        return None if self.root is None else self._folder(self.root, self._toolchain_facts())
+
+    def store(self, facts: Mapping[str, Any]) -> ExecutableStore:
+        """The store of programs that depend on `facts` besides the toolchain."""
+        if self.toolchain is None:
+            return ExecutableStore(None, self.device)
+        return ExecutableStore(self._folder(self.toolchain, facts), self.device)
+
+    def cache(self, name: str) -> Path | None:
+        """A folder for a cache that keeps its own keys."""
+        if self.toolchain is None:
+            return None
+        folder = self.toolchain / name
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
+
+    def _toolchain_facts(self) -> dict[str, Any]:
+        return {
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.version.__version__,
+            "platform": self.device.platform,
+            "platform_version": jax.extend.backend.get_backend().platform_version,
+            "device_kind": self.device.device_kind,
+            "device_count": jax.device_count(),
+            "xla_flags": xla_flags(),
+            "compiler_options": self.options,
+            "enable_x64": jax.config.jax_enable_x64,
+            "matmul_precision": jax.config.jax_default_matmul_precision,
+        }
+
+    def _folder(self, parent: Path, facts: Mapping[str, Any]) -> Path:
+        content = json.dumps(facts, indent=1, sort_keys=True, default=repr)
+        folder = parent / hashlib.sha256(content.encode()).hexdigest()[:32]
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not (folder / META).exists():
+            write_whole(folder / META, content.encode())
+        return folder
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A reader sees the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of what programs are traced from, tuned figures included: an edit invalidates every
+    executable.
+    """
     digest = hashlib.sha256()
-    for name in ("models", "runtime", "layers", "pallas_kernels", "sharding"):
+    for name in SOURCES:
         package = importlib.import_module(f"jengine.{name}")
         for folder in package.__path__:
-            for path in sorted(Path(folder).rglob("*.py")):
-                digest.update(path.read_bytes())
+            for path in sorted(Path(folder).rglob("*")):
+                if path.suffix in (".py", ".json"):
+                    digest.update(path.name.encode())
+                    digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -57,6 +57,25 @@ def _ladder(budget: int, most_seqs: int, growth: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def essential_buckets(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
+    """What must be ready before the first request: one that holds every plan, and the largest and
+    smallest for decoding, so that first service is not silly. In the order to prepare them.
+    """
+    decode = [bucket for bucket in buckets if bucket.is_decode]
+    chosen = (max(b for b in buckets if not b.is_decode), max(decode), min(decode))
+    return tuple(dict.fromkeys(chosen))
+
+
+def preparation_order(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
+    """Essential buckets first, then mixed ones, then decode ones, small before large.
+
+    Mixed first: until they are there a prompt of a thousand tokens pays for the largest of all, a
+    decode step of a few sequences only for one of many, which costs much less.
+    """
+    rest = sorted(buckets, key=lambda bucket: (bucket.is_decode, bucket))
+    return tuple(dict.fromkeys((*essential_buckets(buckets), *rest)))
+
+
 def powers_of_two(limit: int) -> tuple[int, ...]:
     """1, 2, 4, ... and finally `limit` itself."""
     powers = [1 << i for i in range(limit.bit_length()) if 1 << i < limit]

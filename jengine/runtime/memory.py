@@ -1,5 +1,9 @@
 """The memory plan: what every part takes, from the compiler's own figures, and how many pages are
 left for KV.
+
+    budget = gpu_memory_utilization of the device
+           = outside (CUDA's own) + pool (what XLA's allocator may hand out)
+    pool   = parameters + per-request state + workspace + reserve + KV pages
 """
 
 import dataclasses
@@ -8,26 +12,48 @@ from pathlib import Path
 
 import jax
 
-from jengine.config import CacheConfig
+from jengine import jax_compat
+from jengine.config import CacheConfig, device_memory_share, set_device_memory_share
 from jengine.kv_spec import KVGroup
 
 CPU_KV_BYTES = 1 << 30
+# Of a GPU's memory, what CUDA takes beside XLA's pool: context, code, graphs. 0.8 GB of 80.
+OUTSIDE_SHARE = 0.01
+# Pages are counted from a multiple of this, so that two hosts with cards of one kind, whose totals
+# differ by some megabytes, come to the same number: it is part of every stored executable's key.
+ROUNDING_BYTES = 256 << 20
+# Kept free in the pool beside the largest parameter: see `reserve_bytes`.
+RESERVE_BYTES = 512 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """What this engine may use of a device. On a CPU, memory is not planned but taken as needed."""
+
+    budget: int
+    pool: int
+    is_planned: bool
+
+    @property
+    def outside(self) -> int:
+        return self.budget - self.pool
 
 
 @dataclasses.dataclass(frozen=True)
 class ExecutableMemory:
-    """Bytes of one executable beyond its arguments, from `memory_analysis()`."""
+    """Bytes of one executable beyond parameters, KV and rows, from `memory_analysis()`."""
 
     temporaries: int
     outputs: int  # not aliased to an argument
+    inputs: int  # the packed batch, copied to the device
     aliased: int
     code: int
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device. The peak holds two steps' outputs, since a step is dispatched before the
-    last is read.
+    """Bytes on one device. The peak holds two steps' inputs and outputs, since a step is dispatched
+    before the last is read; their temporaries are the same bytes, since steps run one by one.
     """
 
     parameters: int
@@ -36,16 +62,22 @@ class MemoryPlan:
     executables: Mapping[str, ExecutableMemory]
     num_pages: tuple[int, ...]
     page_size: int
-    budget: int
+    device: DeviceMemory
+    reserve: int = 0
 
     @property
     def workspace(self) -> int:
-        """Largest temporaries and outputs of any bucket."""
-        return max((e.temporaries + 2 * e.outputs for e in self.executables.values()), default=0)
+        """Of the largest program."""
+        return max(map(workspace_bytes, self.executables.values()), default=0)
 
     @property
     def peak(self) -> int:
+        """What `memory_stats()["peak_bytes_in_use"]` comes to when the largest step has run."""
         return self.parameters + self.kv_cache + self.row_state + self.workspace
+
+    @property
+    def total(self) -> int:
+        return self.peak + self.reserve + self.device.outside
 
     def table(self) -> str:
         """For people."""
@@ -56,29 +88,69 @@ class MemoryPlan:
             ("per-request state", self.row_state),
             ("step workspace", self.workspace),
             ("peak", self.peak),
-            ("budget", self.budget),
         ]
+        if self.device.is_planned:
+            rows += [
+                ("reserve (tuning, figures that differ)", self.reserve),
+                ("outside the pool (CUDA)", self.device.outside),
+                ("total", self.total),
+            ]
+        rows.append(("budget", self.device.budget))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {size / 2**20:>10,.1f} MiB" for name, size in rows)
 
 
-def executable_memory(compiled: jax.stages.Compiled) -> ExecutableMemory:
+def workspace_bytes(executable: ExecutableMemory) -> int:
+    return executable.temporaries + 2 * (executable.outputs + executable.inputs)
+
+
+def executable_memory(compiled: jax.stages.Compiled, inputs: int) -> ExecutableMemory:
+    """`inputs`: bytes of the arguments that are neither parameters nor donated state."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise ValueError("this back end does not report the memory of its executables")
     return ExecutableMemory(
         temporaries=analysis.temp_size_in_bytes,
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        inputs=inputs,
         aliased=analysis.alias_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
     )
 
 
-def memory_budget(device: jax.Device, cache: CacheConfig) -> int:
-    """Bytes this engine may use on the device in all."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    total = stats["bytes_limit"] if stats else _available_host_bytes()
-    return int(total * cache.gpu_memory_utilization)
+def open_device(cache: CacheConfig) -> tuple[jax.Device, DeviceMemory]:
+    """The device, and what we may use of it. Starts the back end, its pool sized as planned, unless
+    it runs already.
+    """
+    jax_compat.quiet_without_gpu()
+    if not jax_compat.backends_are_initialized():
+        set_device_memory_share(cache.gpu_memory_utilization - OUTSIDE_SHARE)
+    device = jax.devices()[0]
+    return device, device_memory(device, cache)
+
+
+def device_memory(device: jax.Device, cache: CacheConfig) -> DeviceMemory:
+    """Call it before anything is allocated: what is in use by then is somebody else's."""
+    if device.platform == "cpu":
+        budget = int(_available_host_bytes() * cache.gpu_memory_utilization)
+        return DeviceMemory(budget, budget, is_planned=False)
+    stats = device.memory_stats()
+    if stats is None:  # another allocator than XLA's pool: the user must say how many pages
+        return DeviceMemory(0, 0, is_planned=True)
+    limit = stats["bytes_limit"]
+    total = limit / device_memory_share()
+    taken = -(-stats["bytes_in_use"] // ROUNDING_BYTES) * ROUNDING_BYTES
+    pool = min(limit, int(total * (cache.gpu_memory_utilization - OUTSIDE_SHARE)))
+    return DeviceMemory(pool - taken + int(total * OUTSIDE_SHARE), pool - taken, is_planned=True)
+
+
+def reserve_bytes(device: DeviceMemory, largest_parameter: int) -> int:
+    """Kept free in the pool.
+
+    Buckets that are compiled while we serve are tuned meanwhile: XLA times matrix products on
+    copies of their operands. And a tuned kernel's temporaries may exceed the figure planned with.
+    """
+    return RESERVE_BYTES + largest_parameter if device.is_planned else 0
 
 
 def plan_pages(
@@ -86,7 +158,7 @@ def plan_pages(
     cache: CacheConfig,
     *,
     free_bytes: int,
-    is_cpu: bool,
+    is_planned: bool,
     max_model_len: int,
     max_chunk: int,
 ) -> tuple[int, ...]:
@@ -100,8 +172,10 @@ def plan_pages(
     if cache.num_pages is not None:
         return tuple(max(2, cache.num_pages * need // needs[0]) for need in needs)
     available = cache.kv_cache_memory_bytes
-    if available is None:
-        available = min(free_bytes, CPU_KV_BYTES) if is_cpu else free_bytes
+    if available is None and is_planned:
+        available = _round_down(free_bytes)
+    elif available is None:
+        available = min(free_bytes, CPU_KV_BYTES)
     request_bytes = sum(n * g.bytes_per_page for n, g in zip(needs, groups, strict=True))
     null_bytes = sum(group.bytes_per_page for group in groups)
     requests = (available - null_bytes) / request_bytes
@@ -112,6 +186,11 @@ def plan_pages(
             "lower max_model_len or give kv_cache_memory_bytes"
         )
     return tuple(int(need * requests) + 1 for need in needs)
+
+
+def _round_down(size: int) -> int:
+    """To a multiple of ROUNDING_BYTES, where that costs little."""
+    return size - size % ROUNDING_BYTES if size >= 16 * ROUNDING_BYTES else size
 
 
 def _available_host_bytes() -> int:

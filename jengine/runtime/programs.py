@@ -1,9 +1,11 @@
-"""The executables of one runner: a step for each bucket, `score` and `set_row`. Compiled ahead,
-kept on disk.
+"""The executables of one runner: a step for each bucket, `score`, `set_row` and the empty state.
+Compiled ahead, kept on disk.
 """
 
-import collections
+import dataclasses
+import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -18,6 +21,8 @@ from jengine.layers.sampling import Logprobs, RowState
 from jengine.runtime.aot import ExecutableStore
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.buckets import Bucket
+from jengine.runtime.compile_queue import CompileQueue
+from jengine.runtime.memory import ExecutableMemory, executable_memory
 from jengine.runtime.step import (
     KV,
     StepOutput,
@@ -27,117 +32,252 @@ from jengine.runtime.step import (
     set_pages,
     set_row,
 )
+from jengine.runtime.xla_options import Options
 
 log = logging.getLogger(__name__)
 
 SCORE_ROWS = 64  # prompt positions scored by one call
-SCORE, SET_ROW, SET_PAGES = "score", "set_row", "set_pages"
+SCORE, SET_ROW, SET_PAGES, EMPTY = "score", "set_row", "set_pages", "empty_state"
+# While we serve: tracing takes the interpreter lock, and tuning takes the GPU and some of its
+# memory (`memory.reserve_bytes`).
+BACKGROUND_THREADS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled under one name."""
+
+    function: Callable[..., Any]
+    donated: Sequence[str]
+    arguments: tuple[Any, ...]  # abstract
+    result: Any  # a tree shaped like the result
+    input_bytes: int  # of arguments that come from the host at each call
+    placement: jax.sharding.Sharding | None = None  # of the result, where no argument says it
+
+    @property
+    def structure(self) -> tuple[Any, Any]:
+        return jax.tree.structure((self.arguments, {})), jax.tree.structure(self.result)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramTable:
+    """Every program of a runner by name. Pure: nothing is compiled, no array is held."""
+
+    spec: StepSpec
+    layouts: Mapping[Bucket, BatchLayout]
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+    kv: tuple[jax.ShapeDtypeStruct, ...]
+    rows: RowState  # of ShapeDtypeStruct
+    hidden: jax.ShapeDtypeStruct  # one row [D] of final hidden states
+    fill: float  # of fresh pages
+    placement: jax.sharding.Sharding
+
+    def lower(self, name: str) -> jax.stages.Lowered:
+        program = self.program(name)
+        if program.placement is None:
+            jitted = jax.jit(program.function, donate_argnames=program.donated)
+        else:
+            jitted = jax.jit(program.function, out_shardings=program.placement)
+        return jitted.lower(*program.arguments)
+
+    def program(self, name: str) -> Program:
+        if name == EMPTY:
+            return Program(self._empty_state, (), (), (self.kv, self.rows), 0, self.placement)
+        if name == SCORE:
+            return self._score()
+        if name == SET_ROW:
+            return self._set_row()
+        if name == SET_PAGES:
+            return self._set_pages()
+        return self._step(name)
+
+    def _step(self, name: str) -> Program:
+        layout = self._layouts_by_name[name]
+        output = StepOutput(0, _SCORES, 0, 0)  # type: ignore[arg-type]
+        arguments = (self.leaves, self.kv, self.rows, _i32(layout.size))
+        step = build_step(self.spec, layout)
+        result = (self.kv, self.rows, output)
+        return Program(step, ("kv", "rows"), arguments, result, 4 * layout.size)
+
+    def _score(self) -> Program:
+        hidden = jax.ShapeDtypeStruct((SCORE_ROWS, *self.hidden.shape), self.hidden.dtype)
+        arguments = (self.leaves, hidden, _i32(SCORE_ROWS))
+        return Program(build_score(self.spec), (), arguments, (_SCORES, 0), 4 * SCORE_ROWS)
+
+    def _set_row(self) -> Program:
+        vocab_size = self.rows.bias.shape[1:]
+        mask = jax.ShapeDtypeStruct(vocab_size, np.bool_)
+        bias = jax.ShapeDtypeStruct(vocab_size, np.float32)
+        arguments = (self.rows, _i32(), _i32(*vocab_size), mask, bias)
+        return Program(set_row, ("rows",), arguments, self.rows, 9 * vocab_size[0])
+
+    def _set_pages(self) -> Program:
+        tables = self.rows.page_tables
+        num_pages = len(tables), tables[0].shape[1]
+        arguments = (self.rows, _i32(), _i32(*num_pages))
+        return Program(set_pages, ("rows",), arguments, self.rows, 4 * math.prod(num_pages))
+
+    def _empty_state(self) -> tuple[KV, RowState]:
+        kv = tuple(jnp.full(x.shape, self.fill, x.dtype) for x in self.kv)
+        return kv, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.rows)
+
+    @property
+    def _layouts_by_name(self) -> dict[str, BatchLayout]:
+        return {str(bucket): layout for bucket, layout in self.layouts.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """How an executable came to be."""
+
+    name: str
+    seconds: float
+    was_compiled: bool  # or loaded
+    num_bytes: int  # on disk
 
 
 class Programs:
-    """Name -> executable. After `warm_up` a compilation is a fault: it is counted and logged."""
+    """Name -> executable. After `warm_up` a compilation that nobody prepared is a fault: it is
+    counted and logged.
+    """
 
-    def __init__(
-        self,
-        spec: StepSpec,
-        layouts: Mapping[Bucket, BatchLayout],
-        store: ExecutableStore,
-        arguments: tuple[tuple[jax.Array, ...], KV, RowState],
-        hidden: jax.ShapeDtypeStruct,
-    ) -> None:
-        """`arguments` give shapes only; `hidden` is one row [D] of final hidden states."""
-        self._spec = spec
-        self._layouts = {str(bucket): layout for bucket, layout in layouts.items()}
+    def __init__(self, table: ProgramTable, store: ExecutableStore, options: Options) -> None:
+        self._table = table
         self._store = store
-        self._leaves, self._kv, self._rows = (jax.tree.map(_abstract, x) for x in arguments)
-        self._hidden = hidden
+        self._options = options
         self._ready: dict[str, jax.stages.Compiled] = {}
+        self._trace_lock = threading.Lock()
         self._lock = threading.Lock()
+        self._queue = CompileQueue(self._compile)
         self._is_warm = False
+        self._started: float | None = None  # of `warm_up`
+        # Steps are chosen from these; before `warm_up` from all, compiled as they are needed.
+        self.usable_buckets: tuple[Bucket, ...] = tuple(sorted(table.layouts))
+        self.prepared: dict[str, Prepared] = {}
         self.warm_up_seconds = 0.0
         self.num_late = 0
 
-    def warm_up(self, threads: int) -> None:
-        """Prepare everything, largest first: the longest compilation should not be the last to
-        start.
+    def warm_up(
+        self,
+        order: Sequence[Bucket],
+        num_essential: int,
+        *,
+        threads: int,
+        background: bool,
+    ) -> None:
+        """Load what is on disk and compile the rest. With `background`, return when the first
+        `num_essential` buckets of `order` are ready, and go on in threads of our own.
         """
-        started = time.perf_counter()
-        names = [*sorted(self._layouts, key=_size_of_name, reverse=True), SCORE, SET_ROW, SET_PAGES]
+        self._started = started = time.perf_counter()
+        names = [EMPTY, *map(str, order[:num_essential]), SET_ROW, SET_PAGES]
+        essential = len(names)
+        names += [*map(str, order[num_essential:]), SCORE]
+        self.usable_buckets = ()
         with ThreadPoolExecutor(threads) as pool:
-            prepared = pool.map(self._prepare, names)
-            collections.deque(
-                tqdm(prepared, "executables", len(names), leave=False, disable=None), maxlen=0
-            )
+            list(pool.map(self._load, names))
+        missing = [name for name in names if name not in self._ready]
+        self._queue.start(missing, threads)
+        needed = [name for name in missing if not background or name in names[:essential]]
+        for name in tqdm(needed, "executables", leave=False, disable=None):
+            self._queue.wait((name,))
+        self._queue.limit(BACKGROUND_THREADS)
         self._is_warm = True
         self.warm_up_seconds = time.perf_counter() - started
         log.info(
-            "%d executables ready in %.1f s (%d compiled)",
+            "%d of %d executables ready in %.1f s (%d compiled)%s",
+            len(self._ready),
             len(names),
             self.warm_up_seconds,
-            self._store.num_compiled,
+            self.num_compiled,
+            ", serving" if self.num_pending else "",
         )
+        if self.num_pending:
+            self._queue.when_done(functools.partial(self._report_complete, started))
 
     def __getitem__(self, name: str) -> jax.stages.Compiled:
-        if name not in self._ready:
-            self._prepare(name)
+        if (compiled := self._ready.get(name)) is not None:
+            return compiled
+        if self._queue.is_pending(name):
+            log.info("waiting for %s to be compiled", name)
+            self._queue.wait((name,))
+        else:
+            if self._is_warm:
+                self.num_late += 1
+                log.warning("compiling %s after warm-up", name)
+            self._compile(name)
         return self._ready[name]
 
     @property
     def num_compiled(self) -> int:
         """Executables that were not found on disk."""
-        return self._store.num_compiled
+        return sum(prepared.was_compiled for prepared in list(self.prepared.values()))
+
+    @property
+    def num_pending(self) -> int:
+        """Executables that are still being compiled while we serve."""
+        return self._queue.num_pending
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Programs that could not be compiled after `warm_up`, and why. Larger buckets serve."""
+        return self._queue.failures()
 
     @property
     def ready(self) -> Mapping[str, jax.stages.Compiled]:
         return self._ready
 
-    def _prepare(self, name: str) -> str:
-        if self._is_warm:
-            self.num_late += 1
-            log.warning("compiling %s after warm-up", name)
-        function, donated, arguments, result = self._program(name)
-        structure = jax.tree.structure((arguments, {})), jax.tree.structure(result)
+    def when_compiled(self, callback: Callable[[], object]) -> None:
+        """Call it when nothing is being compiled any more; perhaps at once, perhaps in another
+        thread.
+        """
+        self._queue.when_done(callback)
 
-        def compile_() -> jax.stages.Compiled:
-            # Tracing holds the interpreter lock anyway; one trace at a time keeps its caches safe.
-            with self._lock:
-                lowered = jax.jit(function, donate_argnames=donated).lower(*arguments)
-            return lowered.compile()
+    def memory(self) -> dict[str, ExecutableMemory]:
+        """Of every executable that is ready."""
+        return {
+            name: executable_memory(compiled, self._table.program(name).input_bytes)
+            for name, compiled in list(self._ready.items())
+            if name != EMPTY  # runs once, and its outputs are the KV cache
+        }
 
-        self._ready[name] = self._store.get(name, structure, compile_)
-        return name
+    def close(self) -> None:
+        """Compile nothing more."""
+        self._queue.close()
 
-    def _program(self, name: str) -> tuple[Callable[..., Any], Sequence[str], tuple[Any, ...], Any]:
-        """(function, donated arguments, abstract arguments, a tree shaped like the result)."""
-        scores = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
-        if name == SCORE:
-            hidden = jax.ShapeDtypeStruct((SCORE_ROWS, *self._hidden.shape), self._hidden.dtype)
-            arguments = (self._leaves, hidden, _i32(SCORE_ROWS))
-            return build_score(self._spec), (), arguments, (scores, 0)
-        if name == SET_ROW:
-            vocab_size = self._rows.bias.shape[1:]
-            mask = jax.ShapeDtypeStruct(vocab_size, np.bool_)
-            bias = jax.ShapeDtypeStruct(vocab_size, np.float32)
-            arguments = (self._rows, _i32(), _i32(*vocab_size), mask, bias)
-            return set_row, ("rows",), arguments, self._rows
-        if name == SET_PAGES:
-            tables = self._rows.page_tables
-            arguments = (self._rows, _i32(), _i32(len(tables), tables[0].shape[1]))
-            return set_pages, ("rows",), arguments, self._rows
-        layout = self._layouts[name]
-        output = StepOutput(0, scores, 0, 0)  # type: ignore[arg-type]
-        arguments = (self._leaves, self._kv, self._rows, _i32(layout.size))
-        step = build_step(self._spec, layout)
-        return step, ("kv", "rows"), arguments, (self._kv, self._rows, output)
+    def _load(self, name: str) -> None:
+        started = time.perf_counter()
+        structure = self._table.program(name).structure
+        if (compiled := self._store.load(name, structure)) is not None:
+            self._keep(name, compiled, started, was_compiled=False)
+
+    def _compile(self, name: str) -> None:
+        started = time.perf_counter()
+        # Tracing holds the interpreter lock anyway; one trace at a time keeps its caches safe.
+        with self._trace_lock:
+            lowered = self._table.lower(name)
+        compiled = lowered.compile(compiler_options=dict(self._options))
+        self._store.save(name, compiled)
+        self._keep(name, compiled, started, was_compiled=True)
+
+    def _keep(
+        self, name: str, compiled: jax.stages.Compiled, started: float, *, was_compiled: bool
+    ) -> None:
+        seconds = time.perf_counter() - started
+        self.prepared[name] = Prepared(name, seconds, was_compiled, self._store.size(name))
+        with self._lock:
+            self._ready[name] = compiled
+            if self._started is None:
+                return
+            buckets = self._table.layouts
+            self.usable_buckets = tuple(sorted(b for b in buckets if str(b) in self._ready))
+
+    def _report_complete(self, started: float) -> None:
+        seconds = time.perf_counter() - started
+        log.info("all %d executables ready after %.1f s", len(self._ready), seconds)
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+_SCORES = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
 
 
 def _i32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.int32)
-
-
-def _size_of_name(name: str) -> tuple[int, ...]:
-    return tuple(map(int, name.split("x")))

@@ -112,6 +112,11 @@ def startup(
         )
     )
     rows = {key: f"{value:.2f} s" for key, value in result.items() if key.startswith("avg_")}
+    for kind in ("cold", "warm"):
+        for name, seconds in result.get(f"{kind}_phases", {}).items():
+            rows[f"{kind}: {name}"] = f"{seconds:.2f} s"
+        if f"{kind}_num_compiled" in result:
+            rows[f"{kind}: executables compiled"] = str(result[f"{kind}_num_compiled"])
     _finish("Startup", rows, result, output_json)
 
 

@@ -42,6 +42,7 @@ async def latency(config: EngineConfig, options: LatencyOptions, report: Report)
     """
     engine = await AsyncEngine.create(config)
     try:
+        await engine.wait_until_compiled()
         params = SamplingParams(
             n=options.n,
             temperature=1.0,
@@ -75,6 +76,7 @@ async def throughput(
     """All requests at once. `make_samples` gets the vocabulary's size."""
     engine = await AsyncEngine.create(config)
     try:
+        await engine.wait_until_compiled()
         samples = make_samples(engine.model_info.vocab_size)
         params = [
             SamplingParams(
@@ -102,44 +104,75 @@ async def throughput(
     }
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Start:
+    """One start of an engine in a process of its own."""
+
+    seconds: float  # from nothing to ready
+    compile_seconds: float  # of those: making executables ready
+    complete_seconds: float  # until nothing was being compiled any more
+    num_compiled: int
+    phases: dict[str, float]
+
+
 async def startup(
     config: EngineConfig, *, num_cold: int, num_warmup: int, num_warm: int, report: Report
 ) -> dict[str, Any]:
     """Seconds until an engine process is ready: with an empty cache of executables, and with a
     filled one.
     """
-    cold: list[tuple[float, float]] = []
+    cold: list[Start] = []
     for i in range(num_cold):
         with tempfile.TemporaryDirectory(prefix="jengine-cold-") as folder:
             compiling = dataclasses.replace(config.compile, cache_dir=folder)
-            cold.append(await start_seconds(dataclasses.replace(config, compile=compiling)))
-        report(f"cold {i + 1}/{num_cold}: {cold[-1][0]:.2f} s")
+            cold.append(await start_once(dataclasses.replace(config, compile=compiling)))
+        report(f"cold {i + 1}/{num_cold}: {describe_start(cold[-1])}")
     for _ in range(num_warmup):
-        await start_seconds(config)
-    warm: list[tuple[float, float]] = []
+        await start_once(config)
+    warm: list[Start] = []
     for i in range(num_warm):
-        warm.append(await start_seconds(config))
-        report(f"warm {i + 1}/{num_warm}: {warm[-1][0]:.2f} s")
-    result: dict[str, Any] = {}
-    for name, runs in (("cold", cold), ("warm", warm)):
-        for part, index in (("startup", 0), ("compilation", 1)):
-            if seconds := [run[index] for run in runs]:
-                result[f"avg_{name}_{part}_time"] = float(np.mean(seconds))
-                result[f"{name}_{part}_times"] = seconds
-                result[f"{name}_{part}_percentiles"] = percentile_table(seconds)
-    return result
+        warm.append(await start_once(config))
+        report(f"warm {i + 1}/{num_warm}: {describe_start(warm[-1])}")
+    return startup_figures("cold", cold) | startup_figures("warm", warm)
 
 
-async def start_seconds(config: EngineConfig) -> tuple[float, float]:
-    """From nothing to ready, in a process of its own; and of those, the seconds spent on making
-    executables ready.
-    """
+def startup_figures(kind: str, starts: Sequence[Start]) -> dict[str, Any]:
+    """vLLM's keys, and ours: what was compiled, and the parts of a start."""
+    if not starts:
+        return {}
+    figures: dict[str, Any] = {}
+    for part, seconds in (
+        ("startup", [start.seconds for start in starts]),
+        ("compilation", [start.compile_seconds for start in starts]),
+        ("complete", [start.complete_seconds for start in starts]),
+    ):
+        figures[f"avg_{kind}_{part}_time"] = float(np.mean(seconds))
+        figures[f"{kind}_{part}_times"] = seconds
+        figures[f"{kind}_{part}_percentiles"] = percentile_table(seconds)
+    figures[f"{kind}_num_compiled"] = [start.num_compiled for start in starts]
+    figures[f"{kind}_phases"] = {
+        name: float(np.mean([start.phases[name] for start in starts])) for name in starts[0].phases
+    }
+    return figures
+
+
+def describe_start(start: Start) -> str:
+    phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in start.phases.items())
+    return f"{start.seconds:.2f} s, {start.num_compiled} compiled ({phases})"
+
+
+async def start_once(config: EngineConfig) -> Start:
+    """Start an engine, let it compile to the end, and stop it."""
     started = time.perf_counter()
     engine = await AsyncEngine.create(config)
     elapsed = time.perf_counter() - started
-    compile_seconds = engine.ready.compile_seconds
+    ready = engine.ready
+    await engine.wait_until_compiled()  # or a warm start would find half of it
+    complete = time.perf_counter() - started
     await engine.shutdown()
-    return elapsed, compile_seconds
+    phases = {"process and imports": elapsed - ready.startup_seconds, **ready.phases}
+    num_compiled = ready.num_compiled + ready.num_compiling
+    return Start(elapsed, ready.compile_seconds, complete, num_compiled, phases)
 
 
 async def timed_batch(

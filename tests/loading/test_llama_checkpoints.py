@@ -5,8 +5,10 @@ layout.
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from jengine.config import ModelArgs
 from jengine.errors import LoadError
@@ -94,7 +96,8 @@ def test_dummy_fills_every_parameter(tmp_path: Path) -> None:
     make_tiny_llama(tmp_path, attention_bias=True)
     checkpoint = open_checkpoint(ModelArgs(str(tmp_path), load_format="dummy"))
     _, abstract = declare(checkpoint, "bfloat16")
-    drawn = dummy_parameters(abstract, 0, lambda path, value: value)
+    placement = SingleDeviceSharding(jax.devices()[0])
+    drawn = jax.tree.map(np.asarray, dummy_parameters(abstract, 0, placement))
     assert {path: value.shape for path, value in drawn.items()} == {
         path: info.shape for path, info in abstract.items()
     }

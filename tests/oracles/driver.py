@@ -5,16 +5,14 @@ every chunk.
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from jengine.config import EngineConfig
 from jengine.core.kv_manager import KVManager
 from jengine.core.plan import ScheduledRequest, StepPlan
 from jengine.core.scheduler import Scheduler
-from jengine.models.loader import load_model
 from jengine.request import Request, SamplingParams
-from jengine.runtime.runner import ModelRunner, StepHandle
+from jengine.runtime.runner import StepHandle, load_runner
 
 
 class Driver:
@@ -24,8 +22,8 @@ class Driver:
         defaults = dict(dtype="float32", max_num_seqs=4, max_num_batched_tokens=64, poison=True,
                         num_pages=64, keep_executables=False)  # fmt: skip
         self.config = EngineConfig.from_kwargs(str(model), **(defaults | kwargs))
-        self.loaded = load_model(self.config, jax.devices()[0])
-        self.runner = ModelRunner(self.config, self.loaded, jax.devices()[0])
+        self.runner = load_runner(self.config)
+        self.loaded = self.runner.blueprint.model
         self.reset()
 
     def reset(self) -> None:

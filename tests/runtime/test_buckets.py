@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jengine.config import CompileConfig, SchedulerConfig
-from jengine.runtime.buckets import Bucket, build_buckets, pick_bucket, powers_of_two
+from jengine.runtime.buckets import (
+    Bucket,
+    build_buckets,
+    essential_buckets,
+    pick_bucket,
+    powers_of_two,
+    preparation_order,
+)
 
 
 def test_default_table() -> None:
@@ -43,6 +50,8 @@ def test_every_plan_has_a_bucket(
     if num_tokens > num_seqs:  # decode buckets take one token of each sequence
         fits = [b for b in fits if b.num_tokens > b.num_seqs]
     assert picked == min(fits)
+    essential = sorted(essential_buckets(buckets))
+    assert picked <= pick_bucket(essential, num_tokens, num_seqs)  # and there is one
     if num_tokens == num_seqs:  # decode: at most twice the work
         assert picked.num_tokens < 2 * num_tokens or num_tokens == 1
 
@@ -53,3 +62,15 @@ def test_buckets_that_miss_a_plan_are_refused() -> None:
         build_buckets(CompileConfig(prefill_buckets=(32,)), scheduler)
     with pytest.raises(ValueError, match="no bucket"):
         pick_bucket((Bucket(8, 8),), 9, 1)
+
+
+def test_what_is_prepared_first() -> None:
+    scheduler = SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=1024)
+    buckets = build_buckets(CompileConfig(), scheduler)
+    assert [str(b) for b in essential_buckets(buckets)] == ["1024x16", "16x16", "1x1"]
+    assert [str(b) for b in preparation_order(buckets)] == [
+        "1024x16", "16x16", "1x1",
+        "64x4", "64x16", "256x4", "256x16", "1024x4", "2x2", "4x4", "8x8",
+    ]  # fmt: skip
+    one = build_buckets(CompileConfig(), SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=1))
+    assert [str(b) for b in essential_buckets(one)] == ["2x1", "1x1"]

@@ -3,7 +3,6 @@ nothing is copied.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -226,30 +225,6 @@ def test_nan_in_one_request_ends_that_request_only(pump: CorePump) -> None:
     assert "finite" in (pump.outputs()["bad"][-1].error or "")
     pump.core.scheduler.reset_prefix_cache()
     pump.messages.clear()
-
-
-def test_a_restart_compiles_nothing(tmp_path: Path) -> None:
-    folder = write_dummy_model(tmp_path / "model")
-    options = dict(keep_executables=True, cache_dir=str(tmp_path / "cache"), num_pages=20)
-    first = CorePump(folder, **options)
-    assert first.core.runner.programs.num_compiled == len(first.core.runner.programs.ready)
-    second = CorePump(folder, **options)
-    assert second.core.runner.programs.num_compiled == 0
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    assert first.alone([3, 4, 5], params) == second.alone([3, 4, 5], params)
-    other = CorePump(folder, **(options | dict(num_pages=21)))  # another shape: another key
-    assert other.core.runner.programs.num_compiled > 0
-
-
-def test_a_damaged_executable_is_compiled_again(tmp_path: Path) -> None:
-    folder = write_dummy_model(tmp_path / "model")
-    options = dict(keep_executables=True, cache_dir=str(tmp_path / "cache"), max_num_seqs=1)
-    first = CorePump(folder, **options)
-    victim = next((tmp_path / "cache").glob("*/score"))
-    victim.write_bytes(victim.read_bytes()[:-100])
-    second = CorePump(folder, **options)
-    assert second.core.runner.programs.num_compiled == 1
-    assert first.core.runner.num_pages == second.core.runner.num_pages
 
 
 def _tokens(seed: int, length: int) -> list[int]:

@@ -1,13 +1,24 @@
 """The plan adds up, is divided fairly between groups, and agrees with what is allocated."""
 
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
 
-from jengine.config import CacheConfig
+from jengine.config import CacheConfig, device_memory_share, set_device_memory_share
 from jengine.kv_spec import KVGroup, KVKind, KVSpec, build_groups
-from jengine.runtime.memory import plan_pages
+from jengine.runtime import memory
+from jengine.runtime.memory import (
+    DeviceMemory,
+    ExecutableMemory,
+    MemoryPlan,
+    device_memory,
+    plan_pages,
+)
 from tests.oracles.core_pump import CorePump
 from tests.oracles.dummy_model import write_dummy_model
 
@@ -15,12 +26,17 @@ FULL = KVSpec(KVKind.FULL, (2, 4, 64), "bfloat16", 2)
 WINDOW = KVSpec(KVKind.SLIDING_WINDOW, (2, 4, 64), "bfloat16", 2, window=512)
 
 
+MIB = 1 << 20
+GB = 10**9
+SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
 def _plan(groups: tuple[KVGroup, ...], num_bytes: int) -> tuple[int, ...]:
     return plan_pages(
         groups,
         CacheConfig(kv_cache_memory_bytes=num_bytes),
         free_bytes=1 << 40,
-        is_cpu=False,
+        is_planned=True,
         max_model_len=32768,
         max_chunk=1024,
     )
@@ -59,3 +75,125 @@ def test_plan_matches_what_is_allocated(tmp_path: Path) -> None:
     assert plan.parameters + plan.kv_cache + plan.row_state <= live
     assert plan.workspace >= max(b.num_seqs for b in runner.buckets) * runner.vocab_size * 4
     assert "KV cache (232 tokens)" in plan.table()
+
+
+# --- what a GPU has for us. Its memory is 80 GB here.
+
+
+def _gpu(share: float, in_use: int = 0) -> Any:
+    stats = {"bytes_limit": int(80 * GB * share), "bytes_in_use": in_use}
+    return SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+
+
+@pytest.fixture
+def no_share(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in SHARES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_our_pool_leaves_cuda_its_part_of_the_budget(no_share: pytest.MonkeyPatch) -> None:
+    no_share.setenv(SHARES[0], "0.9100")
+    ours = device_memory(_gpu(0.91), CacheConfig(gpu_memory_utilization=0.92))
+    assert ours.budget == pytest.approx(0.92 * 80 * GB, abs=4)
+    assert ours.pool == pytest.approx(0.91 * 80 * GB, abs=4)
+    assert ours.outside == pytest.approx(0.8 * GB, abs=4)
+    assert ours.is_planned
+
+
+def test_a_pool_that_the_user_sized_bounds_the_plan(no_share: pytest.MonkeyPatch) -> None:
+    cache = CacheConfig(gpu_memory_utilization=0.92)
+    assert device_memory(_gpu(0.75), cache).pool == pytest.approx(60 * GB, abs=4)  # XLA's default
+    no_share.setenv(SHARES[1], "0.95")
+    half = device_memory(_gpu(0.95), CacheConfig(gpu_memory_utilization=0.5))
+    assert half.pool == pytest.approx(0.49 * 80 * GB, abs=4)
+    assert half.budget == pytest.approx(40 * GB, abs=4)
+
+
+def test_what_others_hold_is_not_ours(no_share: pytest.MonkeyPatch) -> None:
+    no_share.setenv(SHARES[0], "0.91")
+    cache = CacheConfig(gpu_memory_utilization=0.92)
+    free, taken = (device_memory(_gpu(0.91, in_use), cache) for in_use in (0, 300 * MIB))
+    assert free.pool - taken.pool == 512 * MIB  # in steps, so that pages stay the same
+    assert free.budget - taken.budget == 512 * MIB
+
+
+def test_another_allocator_is_not_planned_with(no_share: pytest.MonkeyPatch) -> None:
+    device: Any = SimpleNamespace(platform="gpu", memory_stats=lambda: None)
+    assert device_memory(device, CacheConfig()) == DeviceMemory(0, 0, is_planned=True)
+
+
+def test_the_share_is_set_unless_the_user_did(no_share: pytest.MonkeyPatch) -> None:
+    no_share.setenv(SHARES[0], "")  # counts as not set, and is put back after the test
+    assert device_memory_share() == 0.75
+    set_device_memory_share(0.91)
+    assert device_memory_share() == 0.91
+    set_device_memory_share(0.5)
+    assert device_memory_share() == 0.91
+    no_share.delenv(SHARES[0])
+    no_share.setenv(SHARES[1], "0.3")
+    set_device_memory_share(0.5)
+    assert device_memory_share() == 0.3
+
+
+def test_the_pool_is_sized_before_the_back_end_starts() -> None:
+    """In a fresh interpreter; here the back end runs, and it is too late."""
+    code = (
+        "import os, jax\n"
+        "from jengine.config import CacheConfig\n"
+        "from jengine.runtime.memory import open_device\n"
+        "open_device(CacheConfig(gpu_memory_utilization=0.6))\n"
+        "print(os.environ['XLA_CLIENT_MEM_FRACTION'])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).resolve().parents[2],
+        env={"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout.strip() == "0.5900", run.stderr
+    before = device_memory_share()
+    memory.open_device(CacheConfig(gpu_memory_utilization=0.6))
+    assert device_memory_share() == before
+
+
+def test_pages_do_not_follow_every_megabyte() -> None:
+    """Two cards of one kind, tens of megabytes apart, share their executables."""
+
+    def pages(free_bytes: int) -> tuple[int, ...]:
+        return plan_pages(
+            build_groups([FULL], 16),
+            CacheConfig(),
+            free_bytes=free_bytes,
+            is_planned=True,
+            max_model_len=32768,
+            max_chunk=1024,
+        )
+
+    base = 200 * 256 * MIB
+    assert pages(base + 5 * MIB) == pages(base + 60 * MIB) == pages(base)
+    assert pages(base)[0] * 16 * 2 * 4 * 64 * 2 <= base
+    assert pages(base - 1) < pages(base)
+    assert pages(1000 * MIB + 50 * MIB) > pages(1000 * MIB)  # little memory is not rounded
+
+
+def test_the_table_adds_up() -> None:
+    programs = {
+        "8192x256": ExecutableMemory(800 * MIB, 100 * MIB, 8 * MIB, aliased=999, code=5),
+        "1x1": ExecutableMemory(900 * MIB, 1 * MIB, 0, aliased=999, code=5),
+    }
+    device = DeviceMemory(budget=80_000 * MIB, pool=79_000 * MIB, is_planned=True)
+    plan = MemoryPlan(
+        16_000 * MIB, 55_000 * MIB, 300 * MIB, programs, (100,), 16, device, 1500 * MIB
+    )
+    assert plan.workspace == (800 + 2 * 108) * MIB  # two steps' inputs and outputs
+    assert plan.peak == (16_000 + 55_000 + 300 + 1016) * MIB
+    assert plan.total == plan.peak + (1500 + 1000) * MIB
+    lines = {line[:-16].strip(): line.split()[-2] for line in plan.table().splitlines()}
+    assert lines["peak"] == "72,316.0"
+    assert lines["reserve (tuning, figures that differ)"] == "1,500.0"
+    assert lines["outside the pool (CUDA)"] == "1,000.0"
+    assert lines["total"] == "74,816.0"
+    assert lines["budget"] == "80,000.0"

@@ -1,0 +1,256 @@
+"""Everything about a runner but its arrays: shapes, buckets, pages and programs. An engine that
+starts and `jengine prebuild` draw the same one, so that what the one compiled the other finds.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from jengine.config import EngineConfig, cache_root, xla_flags
+from jengine.kv_spec import KVGroup, build_groups
+from jengine.layers.param import abstract_parameters
+from jengine.loading import dummy
+from jengine.models.loader import ModelDefinition
+from jengine.pallas_kernels.native import loader as native
+from jengine.runtime import memory, xla_options
+from jengine.runtime.aot import Artifacts, ExecutableStore, ProgramCache, source_digest
+from jengine.runtime.batch import BatchLayout
+from jengine.runtime.buckets import Bucket, build_buckets, essential_buckets, preparation_order
+from jengine.runtime.decode_steps import choose_max_decode_steps
+from jengine.runtime.memory import DeviceMemory, ExecutableMemory
+from jengine.runtime.programs import Programs, ProgramTable
+from jengine.runtime.shapes import (
+    abstract_kv,
+    abstract_leaf,
+    abstract_rows,
+    largest_bytes,
+    num_bytes,
+)
+from jengine.runtime.step import StepSpec
+
+log = logging.getLogger(__name__)
+
+DEFAULT_TOP = (
+    20  # log-probabilities computed in the step; more are made from the logits on the host
+)
+GPU_COMPILE_THREADS, CPU_COMPILE_THREADS = 8, 2
+# Mixed buckets grow by this. A GPU's step costs what its tokens cost; a CPU's compilation is dear.
+GPU_GROWTH, CPU_GROWTH = 2, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """What a runner is made from. Only `programs` changes: it fills with executables."""
+
+    config: EngineConfig
+    model: ModelDefinition
+    device: jax.Device
+    device_memory: DeviceMemory
+    param_paths: tuple[str, ...]
+    buckets: tuple[Bucket, ...]
+    max_decode_steps: int
+    num_pages: tuple[int, ...]
+    reserve: int  # see `memory.reserve_bytes`
+    table: ProgramTable
+    programs: Programs
+
+    def warm_up(self) -> None:
+        """Load or compile the executables, those without which we cannot serve first."""
+        background = self.config.compile.background_compile
+        self.programs.warm_up(
+            preparation_order(self.buckets),
+            len(essential_buckets(self.buckets)),
+            threads=compile_threads(self.config, self.device),
+            background=self.device.platform != "cpu" if background is None else background,
+        )
+
+
+def draw_blueprint(
+    config: EngineConfig,
+    model: ModelDefinition,
+    device: jax.Device,
+    device_memory: DeviceMemory,
+    artifacts: Artifacts,
+) -> Blueprint:
+    """Plans the memory; on a GPU, the first time, by compiling the largest bucket."""
+    placement = device_placement(device)
+    groups = build_groups(type(model.module).kv_specs(model.cfg), config.cache.page_size)
+    growth = CPU_GROWTH if device.platform == "cpu" else GPU_GROWTH
+    buckets = build_buckets(config.compile, config.scheduler, growth)
+    abstract = abstract_parameters(model.module)
+    leaves = tuple(abstract_leaf(info, placement) for info in abstract.values())
+    max_steps = config.scheduler.max_decode_steps or choose_max_decode_steps(
+        device.platform, num_bytes(leaves)
+    )
+    layouts = {b: _layout(config, model, len(groups), max_steps, b) for b in buckets}
+    some = layouts[buckets[0]]
+    table = ProgramTable(
+        spec=_step_spec(config, model, groups),
+        layouts=layouts,
+        leaves=leaves,
+        kv=(),
+        rows=abstract_rows(
+            some.num_rows, some.vocab_size, len(groups), some.pages_per_seq, placement
+        ),
+        hidden=jax.ShapeDtypeStruct((model.cfg.hidden_size,), jnp.dtype(model.cfg.dtype)),
+        fill=math.nan if config.cache.poison else 0.0,
+        placement=placement,
+    )
+    store = artifacts.store(_program_facts(model, table, device))
+    num_pages = _plan_pages(config, model, table, device_memory, device, store)
+    table = with_pages(table, num_pages)
+    options = artifacts.options | xla_options.tuning_cache(
+        device.platform, artifacts.cache("autotune")
+    )
+    inside = "-".join(map(str, num_pages)) + ("-poison" if config.cache.poison else "")
+    return Blueprint(
+        config=config,
+        model=model,
+        device=device,
+        device_memory=device_memory,
+        param_paths=tuple(abstract),
+        buckets=buckets,
+        max_decode_steps=max_steps,
+        num_pages=num_pages,
+        reserve=memory.reserve_bytes(device_memory, largest_bytes(leaves)),
+        table=table,
+        programs=Programs(table, store.inside(inside), options),
+    )
+
+
+def open_artifacts(config: EngineConfig, device: jax.Device) -> Artifacts:
+    """Where this engine keeps what it compiles."""
+    root = Path(config.compile.cache_dir or cache_root() / "executables")
+    options = xla_options.compiler_options(device.platform, xla_flags())
+    return Artifacts(root if config.compile.keep_executables else None, device, options)
+
+
+def dummy_compiler(artifacts: Artifacts) -> ProgramCache:
+    """For the programs that draw dummy parameters; all models share them."""
+    source = hashlib.sha256(inspect.getsource(dummy).encode()).hexdigest()
+    return ProgramCache(artifacts.store({"dummy parameters": source}))
+
+
+def keep_jax_cache(artifacts: Artifacts) -> None:
+    """On a GPU keep what is jitted beside our programs, too, unless the user has a folder for that.
+    (On a CPU it saves little: such programs are small.)
+    """
+    is_free = jax.config.jax_compilation_cache_dir is None
+    if is_free and artifacts.device.platform != "cpu" and (folder := artifacts.cache("jax")):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def device_placement(device: jax.Device) -> Sharding:
+    """Where parameters and state live."""
+    return SingleDeviceSharding(device)
+
+
+def compile_threads(config: EngineConfig, device: jax.Device) -> int:
+    most = CPU_COMPILE_THREADS if device.platform == "cpu" else GPU_COMPILE_THREADS
+    return config.compile.compile_threads or min(most, len(os.sched_getaffinity(0)))
+
+
+def with_pages(table: ProgramTable, num_pages: tuple[int, ...]) -> ProgramTable:
+    """The table for KV arrays of so many pages."""
+    spec = table.spec
+    kv = abstract_kv(spec.groups, spec.group_of_layer, num_pages, table.placement)
+    return dataclasses.replace(table, kv=kv)
+
+
+def _step_spec(
+    config: EngineConfig, model: ModelDefinition, groups: tuple[KVGroup, ...]
+) -> StepSpec:
+    graphdef, state = nnx.split(model.module)
+    num_top = config.max_logprobs if config.max_logprobs > 0 else DEFAULT_TOP
+    num_top = min(num_top, model.cfg.vocab_size)
+    return StepSpec(graphdef, jax.tree.structure(state), groups, num_top)
+
+
+def _layout(
+    config: EngineConfig, model: ModelDefinition, num_groups: int, max_steps: int, bucket: Bucket
+) -> BatchLayout:
+    return BatchLayout(
+        num_tokens=bucket.num_tokens,
+        num_seqs=bucket.num_seqs,
+        num_groups=num_groups,
+        pages_per_seq=-(-model.max_model_len // config.cache.page_size),
+        num_rows=config.scheduler.max_num_seqs,
+        vocab_size=model.cfg.vocab_size,
+        max_steps=max_steps if bucket.is_decode else 1,
+    )
+
+
+def _plan_pages(
+    config: EngineConfig,
+    model: ModelDefinition,
+    table: ProgramTable,
+    device_memory: DeviceMemory,
+    device: jax.Device,
+    store: ExecutableStore,
+) -> tuple[int, ...]:
+    def plan(workspace: int) -> tuple[int, ...]:
+        free = device_memory.pool - num_bytes(table.leaves) - workspace
+        if device_memory.is_planned:
+            free -= num_bytes(table.rows)
+            free -= memory.reserve_bytes(device_memory, largest_bytes(table.leaves))
+        return memory.plan_pages(
+            table.spec.groups,
+            config.cache,
+            free_bytes=free,
+            is_planned=device_memory.is_planned,
+            max_model_len=model.max_model_len,
+            max_chunk=config.scheduler.max_num_batched_tokens,
+        )
+
+    is_given = config.cache.num_pages or config.cache.kv_cache_memory_bytes
+    if is_given or not device_memory.is_planned:
+        return plan(0)
+    # Temporaries do not depend on the number of pages: any will do to find them.
+    largest = str(max(table.layouts))
+    measured = _measured(with_pages(table, plan(0)), largest, device, store)
+    return plan(memory.workspace_bytes(measured))
+
+
+def _measured(
+    table: ProgramTable, name: str, device: jax.Device, store: ExecutableStore
+) -> ExecutableMemory:
+    """What a program takes: as noted on disk, else by compiling it, untuned."""
+    note = f"memory-{name}"
+    if (known := store.recall(note)) is not None:
+        return ExecutableMemory(**known)
+    options = xla_options.measuring_options(device.platform, xla_flags())
+    compiled = table.lower(name).compile(compiler_options=dict(options))
+    measured = memory.executable_memory(compiled, table.program(name).input_bytes)
+    log.info("planning with %s, untuned: %s", name, measured)
+    store.remember(note, dataclasses.asdict(measured))
+    return measured
+
+
+def _program_facts(
+    model: ModelDefinition, table: ProgramTable, device: jax.Device
+) -> dict[str, Any]:
+    """What programs depend on but for the toolchain, the bucket and the number of pages."""
+    layouts = table.layouts.values()
+    max_steps = max(layout.max_steps for layout in layouts)
+    anywhere = dataclasses.replace(
+        next(iter(layouts)), num_tokens=0, num_seqs=0, max_steps=max_steps
+    )
+    return {
+        "sources": source_digest(),
+        "native": native.fingerprint() if device.platform == "cpu" else None,
+        "architecture": model.architecture,
+        "config": repr(model.cfg),
+        "groups": repr(table.spec.groups),
+        "layout": repr(anywhere),
+        "num_logprobs": table.spec.num_logprobs,
+    }

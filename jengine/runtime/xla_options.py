@@ -1,0 +1,42 @@
+"""What we ask of XLA, per executable. Pure: part of the key of stored executables."""
+
+from pathlib import Path
+
+Options = dict[str, str | int]
+
+GPU_PLATFORMS = ("gpu", "cuda")  # as devices say it, and as back ends are chosen by
+
+# A decode step is one CUDA graph. WHILE lets a loop of steps be one, too: then the smallest graph
+# must be 1, since a lone loop counts as three commands and would otherwise stay on the host.
+# Rematerialisation sees the KV cache twice, as argument and as result, and so believes every step
+# to be far over the device's memory: it computes things again (37 kernels more in a decode step of
+# Llama 8B) to save a few bytes. Memory is planned, and temporaries are small.
+_GPU: Options = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+    "xla_gpu_graph_min_graph_size": 1,
+    "xla_disable_hlo_passes": "rematerialization",
+}
+
+
+def compiler_options(platform: str, user_flags: str = "") -> Options:
+    """For `lowered.compile`. An option that the user has set in XLA_FLAGS is left to the user."""
+    if platform not in GPU_PLATFORMS:
+        return {}
+    return {name: value for name, value in _GPU.items() if name not in user_flags}
+
+
+def measuring_options(platform: str, user_flags: str = "") -> Options:
+    """For a program that is compiled for its memory figures only: no kernel is timed."""
+    options = compiler_options(platform, user_flags)
+    return options | {"xla_gpu_autotune_level": 0} if platform in GPU_PLATFORMS else options
+
+
+def tuning_cache(platform: str, folder: Path | None) -> Options:
+    """Keep what autotuning found, fusion by fusion: buckets and other models share it. Not part of
+    a key.
+    """
+    if platform not in GPU_PLATFORMS or folder is None:
+        return {}
+    return {"xla_gpu_per_fusion_autotune_cache_dir": str(folder)}
