@@ -29,6 +29,7 @@ from jengine.models.registry import resolve_architecture
 from jengine.pallas_kernels.platform import tracing_for
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.step import StepSpec, build_step
+from jengine.runtime.xla_options import compiler_options
 
 TARGET_CONFIG = Path(__file__).with_name("h100_target_config.txtpb")
 PAGE_SIZE, NUM_PAGES = 16, 2048
@@ -237,13 +238,4 @@ def _result_sizes(hlo: str) -> dict[str, int]:
     return {
         name: widths.get(dtype, 8) * int(np.prod([int(n) for n in dims.split(",") if n]))
         for name, dtype, dims in pattern.findall(hlo)
-    }
-
-
-def compiler_options(platform: str) -> dict[str, Any]:
-    del platform
-    return {
-        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
-        "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-        "xla_gpu_graph_min_graph_size": 1,
     }
