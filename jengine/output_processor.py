@@ -207,29 +207,31 @@ class CompletionState:
 
     def extend(self, output: CoreOutput) -> None:
         """Append new tokens, at most up to the one that completes a stop string."""
-        if self._detokenizer is None and self._logprobs is None:
-            self._token_ids += output.new_token_ids
-        elif self._add_tokens(output):
+        token_ids = output.new_token_ids
+        # A token that stops is part of token_ids, but of the text only if the user asks for it.
+        is_stop = output.finish_reason is FinishReason.STOP
+        is_hidden = is_stop and not self._sampling.include_stop_str_in_output
+        shown = token_ids[:-1] if is_hidden else token_ids
+        if self._stops is None and self._logprobs is None:  # nobody looks at single tokens
+            self._token_ids += token_ids
+            if self._detokenizer is not None:
+                self._text += self._detokenizer.add(shown)
+        elif self._add_one_by_one(output, len(shown)):
             return
-        self.has_news |= bool(output.new_token_ids)
+        self.has_news |= bool(token_ids)
         if output.finish_reason is not None:
             self.finish(output.finish_reason, output.error or output.stop_reason)
 
-    def _add_tokens(self, output: CoreOutput) -> bool:
-        """Append tokens with their text and logprobs, one by one. Returns whether a stop string is
-        complete: what follows it is dropped."""
-        hidden = -1
-        if output.finish_reason is FinishReason.STOP:
-            # A token that stops is part of token_ids, but of the text only if the user asks for it.
-            is_shown = self._sampling.include_stop_str_in_output
-            hidden = -1 if is_shown else len(output.new_token_ids) - 1
+    def _add_one_by_one(self, output: CoreOutput, num_shown: int) -> bool:
+        """Append tokens with their logprobs, and the text of the first ones. Returns whether a stop
+        string is complete: what follows it is dropped."""
         for i, token_id in enumerate(output.new_token_ids):
             self._token_ids.append(token_id)
             if output.logprobs is not None and self._logprobs is not None:
                 data = output.logprobs[i]
                 self._logprobs.append(build_position_logprobs(data, self._decode))
                 self._cumulative_logprob = (self._cumulative_logprob or 0.0) + data.logprobs[0]
-            if self._detokenizer is None or i == hidden:
+            if self._detokenizer is None or i >= num_shown:
                 continue
             if self._add_text(self._detokenizer.add([token_id])):
                 return True

@@ -69,6 +69,14 @@ def test_a_character_appears_with_its_last_byte(tokenizer: Tokenizer) -> None:
     assert texts == ["a", "", "é", "", "", "", "😀", "b"]
 
 
+@pytest.mark.parametrize("tokens_per_step", [2, 3, 7, 20])
+def test_text_does_not_depend_on_how_many_tokens_come_at_once(
+    tokenizer: Tokenizer, tokens_per_step: int
+) -> None:
+    outputs = Bench(tokenizer, output_kind=DELTA).feed_text("aé😀 b世界", tokens_per_step)
+    assert "".join(o.outputs[0].text for o in outputs) == "aé😀 b世界"
+
+
 def test_an_unfinished_character_is_flushed_at_the_end(tokenizer: Tokenizer) -> None:
     bench = Bench(tokenizer)
     output = bench.feed([*b"a\xf0\x9f"], finish_reason=FinishReason.LENGTH)
