@@ -15,8 +15,7 @@ def script() -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.NUM_TURNS = 4
-    module.ADMITTED_TOKENS = (64,)
+    vars(module).update(NUM_TURNS=4, ADMITTED_TOKENS=(64,))
     return module
 
 
@@ -24,7 +23,7 @@ def script() -> ModuleType:
 def test_check(
     script: ModuleType, budget_ms: float, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script.BUDGET_MS = {2: budget_ms}
+    vars(script).update(BUDGET_MS={2: budget_ms})
     assert script.main(["--check"]) == code
     assert script.main([]) == 0
     captured = capsys.readouterr()

@@ -334,7 +334,9 @@ def test_facts_come_with_the_first_tokens_and_the_last(tokenizer: Tokenizer) -> 
     bench.feed([97], scheduled_time=3.0, first_token_time=4.5, num_cached_tokens=16)
     output = bench.feed([98, 99])
     assert (output.num_cached_tokens, output.metrics.first_token_time) == (16, 4.5)
-    facts = dict(scheduled_time=3.0, first_token_time=4.5, num_cached_tokens=16, num_preemptions=2)
+    facts: dict[str, Any] = dict(
+        scheduled_time=3.0, first_token_time=4.5, num_cached_tokens=16, num_preemptions=2
+    )
     output = bench.feed([100], finish_reason=FinishReason.LENGTH, **facts)
     assert (output.num_cached_tokens, output.metrics.num_preemptions) == (16, 2)
 
