@@ -25,6 +25,7 @@ from jengine.pallas_kernels.ragged_paged_attention.triton_gpu import Tiling
 from jengine.pallas_kernels.triton_call import Schedule
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
+KERNELS = ("decode_split", "combine_splits", "attend_tile")
 REPEATS = 9
 CALLS = 4  # behind each other: the host is ahead of the device
 DECODES = (
@@ -121,7 +122,7 @@ def time_attention(lens: list[tuple[int, int]], is_decode: bool) -> float:
     call = partial(run, q, kv, table, cu, kv_lens)
     jax.block_until_ready(call())
     times = kernel_times(call, calls=3)
-    kernels = [t for name, t in times.items() if name in ("decode_split", "combine_splits", "attend_tile")]
+    kernels = [t for name, t in times.items() if name in KERNELS]
     return sum(t.total_us for t in kernels) / 3 / layers
 
 

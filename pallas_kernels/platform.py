@@ -38,3 +38,17 @@ def require_cuda() -> None:
     """Refuse (see `dispatch.py`) unless the program is for an NVIDIA GPU."""
     if platform() != "cuda":
         raise NotImplementedError("runs on NVIDIA GPUs")
+
+
+def compute_capability() -> tuple[int, int]:
+    """Of the GPU that the program is for; Hopper's where it is traced without one."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return 9, 0
+    major, minor = str(device.compute_capability).split(".")
+    return int(major), int(minor)
+
+
+def is_hopper() -> bool:
+    """Whether the program is for an NVIDIA GPU with warpgroup instructions (9.x)."""
+    return platform() == "cuda" and compute_capability()[0] == 9

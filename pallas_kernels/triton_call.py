@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jengine.config import cache_root
+from jengine.pallas_kernels.platform import compute_capability
 
 TARGET = "__gpu$xla.gpu.ptx"
 WARP = 32
@@ -29,7 +30,6 @@ POINTER_OF = {
     "uint8": "*u8",
 }
 ALIGNMENT = 16  # bytes; XLA aligns every buffer to more
-HOPPER = 90  # compiled for when the program is traced on a machine without a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,13 @@ def triton_call(
     """
     if _interpreter is not None:
         return _interpreter(kernel, inputs, outputs, grid, constants, dict(aliases or {}))
+    major, minor = compute_capability()
     compiled = compile_kernel(
         kernel,
         tuple(POINTER_OF[x.dtype.name] for x in (*inputs, *outputs)),
         tuple(sorted(constants.items())),
         schedule,
-        _capability(),
+        10 * major + minor,
     )
     first = len(inputs)
     spare = next(i for i in range(first) if i not in (aliases or {}))
@@ -161,12 +162,3 @@ def compile_kernel(
         num_threads=WARP * metadata.num_warps,
         shared_bytes=metadata.shared,
     )
-
-
-def _capability() -> int:
-    """Compute capability as Triton writes it: 90 for 9.0."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return HOPPER
-    major, minor = str(device.compute_capability).split(".")
-    return int(major) * 10 + int(minor)

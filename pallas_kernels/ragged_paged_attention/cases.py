@@ -93,3 +93,8 @@ CASES = (
     ),
     Case(tuple((1, n) for n in range(1, 40, 3)), padding_tokens=0, padding_seqs=0),
 )
+# Long enough for the kernels that only long prompts meet.
+LONG_CASES = (
+    Case(((384, 384), (1, 700), (133, 470)), heads=8, kv_heads=2, head_dim=128),
+    Case(((64, 64), (500, 1300), (1, 5)), heads=4, kv_heads=2, page_size=32),
+)

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.platform import require_cuda
+from jengine.pallas_kernels.ragged_paged_attention import mosaic_gpu
 from jengine.pallas_kernels.ragged_paged_attention.work import (
     MAX_SPLITS,
     Splits,
     Tiles,
+    plan_full_tiles,
     plan_splits,
     plan_tiles,
 )
@@ -98,10 +100,27 @@ def ragged_paged_attention(
     }
     prior_TNH = None
     if not is_decode:
-        queries = tile_queries(T, N // K, H, dtype.itemsize)
-        tiles = plan_tiles(cu_q_lens_S1, kv_lens_S, num_seqs, T, queries)
+        full = None
+        if sinks_N.dtype != jnp.float32 and window is None and soft_cap is None:
+            full = mosaic_gpu.tile_queries(q_TNH, kv_pages_PB2KH)
+        if full is not None:
+            prior_TNH = mosaic_gpu.attend_full_tiles(
+                q_TNH,
+                kv_pages_PB2KH,
+                page_table_SM,
+                plan_full_tiles(cu_q_lens_S1, kv_lens_S, num_seqs, num_tokens=T, full_queries=full),
+                scale,
+            )
+        tiles = plan_tiles(
+            cu_q_lens_S1,
+            kv_lens_S,
+            num_seqs,
+            num_tokens=T,
+            tile_queries=tile_queries(T, N // K, H, dtype.itemsize),
+            full_queries=full,
+        )
         prior_TNH = _attend_tiles(
-            q_TNH, kv_pages_PB2KH, page_table_SM, tiles, sinks_N, window, constants
+            q_TNH, kv_pages_PB2KH, page_table_SM, tiles, sinks_N, prior_TNH, window, constants
         )
     return _decode(
         q_TNH, kv_pages_PB2KH, page_table_SM, cu_q_lens_S1, splits, sinks_N, prior_TNH, constants
@@ -114,6 +133,7 @@ def _attend_tiles(
     page_table_SM: jax.Array,
     tiles: Tiles,
     sinks_N: jax.Array,
+    prior_TNH: jax.Array | None,
     window: int | None,
     constants: dict[str, object],
 ) -> jax.Array:
@@ -125,7 +145,15 @@ def _attend_tiles(
     group = _power_of_two(N // K)
     return triton_call(
         attend_tile,
-        (q_TNH, kv_pages, page_table_SM, tiles.items, tiles.count, sinks_N),
+        (
+            q_TNH,
+            kv_pages,
+            page_table_SM,
+            tiles.items,
+            tiles.count,
+            sinks_N,
+            q_TNH if prior_TNH is None else prior_TNH,
+        ),
         [jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype)],
         grid=(tiles.items.shape[0] * K,),
         constants=constants
@@ -136,6 +164,7 @@ def _attend_tiles(
             "WINDOW": window or 0,
         },
         schedule=tiling.schedule,
+        aliases={} if prior_TNH is None else {6: 0},
     )[0]
 
 

@@ -215,6 +215,7 @@ def attend_tile(
     tiles_ptr,  # i32[W, 4]: sequence, first token, number of queries, position of the first
     num_tiles_ptr,  # i32[1]
     sinks_ptr,  # f32[N], or anything
+    prior_ptr,  # [T, N, H]: aliased to out where another kernel wrote some of its rows
     # outputs
     out_ptr,  # [T, N, H]
     N: tl.constexpr,

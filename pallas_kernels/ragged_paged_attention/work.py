@@ -78,42 +78,86 @@ def plan_tiles(
     cu_q_lens_S1: jax.Array,
     kv_lens_S: jax.Array,
     num_seqs: jax.Array,
+    *,
     num_tokens: int,
     tile_queries: int,
+    full_queries: int | None = None,
 ) -> Tiles:
     """Tiles of the sequences with several new tokens, and of the padding after the last token.
 
-    The last tiles of a prompt see most keys: they come first, so that no long tile starts last.
+    With `full_queries` only what `plan_full_tiles` leaves over: the first tokens of each sequence.
     """
-    S = kv_lens_S.shape[0]
-    q_lens_S = jnp.where(jnp.arange(S, dtype=jnp.int32) < num_seqs, jnp.diff(cu_q_lens_S1), 0)
-    used = jnp.sum(q_lens_S)
+    q_lens_S = _chunk_lens(cu_q_lens_S1, num_seqs)
+    used = cu_q_lens_S1[num_seqs]
+    lens_S = q_lens_S if full_queries is None else q_lens_S % full_queries
     num_padding = num_tokens - used
-    lens_S1 = jnp.append(jnp.where(q_lens_S > 1, q_lens_S, 0), num_padding)
+    # The padding is one more sequence, of no context.
+    lens_S1 = jnp.append(lens_S, num_padding)
     starts_S1 = jnp.append(cu_q_lens_S1[:-1], used)
     positions_S1 = jnp.append(kv_lens_S - q_lens_S, -num_padding)
-    first_S2 = _exclusive_sums(-(-lens_S1 // tile_queries))
-    total = first_S2[-1]
-    item_W = total - 1 - jnp.arange(max_tiles(num_tokens, S, tile_queries), dtype=jnp.int32)
-    sequence_W = _owner(first_S2, item_W)
-    done_W = (item_W - first_S2[sequence_W]) * tile_queries
-    queries_W = jnp.minimum(lens_S1[sequence_W] - done_W, tile_queries)
-    is_padding_W = sequence_W == S
+    sequence_W, first_W, queries_W, count = _cut(
+        lens_S1, tile_queries, num_tokens // tile_queries + lens_S1.shape[0]
+    )
+    is_padding_W = sequence_W == kv_lens_S.shape[0]
     items = jnp.stack(
         [
             jnp.where(is_padding_W, 0, sequence_W),
-            starts_S1[sequence_W] + done_W,
+            starts_S1[sequence_W] + first_W,
             queries_W,
-            jnp.where(is_padding_W, -queries_W, positions_S1[sequence_W] + done_W),
+            jnp.where(is_padding_W, -queries_W, positions_S1[sequence_W] + first_W),
         ],
         axis=1,
     )
-    return Tiles(items, total[None])
+    return Tiles(items, count)
 
 
-def max_tiles(num_tokens: int, num_seqs: int, tile_queries: int) -> int:
-    """Most tiles of `num_tokens` in `num_seqs` sequences and a stretch of padding."""
-    return num_tokens // tile_queries + num_seqs + 1
+def plan_full_tiles(
+    cu_q_lens_S1: jax.Array,
+    kv_lens_S: jax.Array,
+    num_seqs: jax.Array,
+    *,
+    num_tokens: int,
+    full_queries: int,
+) -> Tiles:
+    """Tiles of exactly `full_queries`, counted from the end of each sequence; i32[W, 4]: sequence,
+    first token, its position, context length.
+    """
+    q_lens_S = _chunk_lens(cu_q_lens_S1, num_seqs)
+    lens_S = q_lens_S - q_lens_S % full_queries
+    sequence_W, first_W, _, count = _cut(lens_S, full_queries, num_tokens // full_queries)
+    first_W = first_W - lens_S[sequence_W]  # from the end
+    items = jnp.stack(
+        [
+            sequence_W,
+            cu_q_lens_S1[1:][sequence_W] + first_W,
+            kv_lens_S[sequence_W] + first_W,
+            kv_lens_S[sequence_W],
+        ],
+        axis=1,
+    )
+    return Tiles(items, count)
+
+
+def _chunk_lens(cu_q_lens_S1: jax.Array, num_seqs: jax.Array) -> jax.Array:
+    """New tokens of the sequences that have several, else 0."""
+    q_lens_S = jnp.diff(cu_q_lens_S1)
+    is_chunk_S = (q_lens_S > 1) & (jnp.arange(q_lens_S.shape[0], dtype=jnp.int32) < num_seqs)
+    return jnp.where(is_chunk_S, q_lens_S, 0)
+
+
+def _cut(
+    lens_S: jax.Array, size: int, max_items: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Pieces of at most `size`: (sequence, first, length) of each, and i32[1], their number.
+
+    In reverse: the last tiles of a prompt see most keys, so they come first and none starts late.
+    """
+    first_S1 = _exclusive_sums(-(-lens_S // size))
+    total = first_S1[-1]
+    item_W = jnp.maximum(total - 1 - jnp.arange(max_items, dtype=jnp.int32), 0)
+    sequence_W = _owner(first_S1, item_W)
+    done_W = (item_W - first_S1[sequence_W]) * size
+    return sequence_W, done_W, jnp.minimum(lens_S[sequence_W] - done_W, size), total[None]
 
 
 def _exclusive_sums(count_S: jax.Array) -> jax.Array:

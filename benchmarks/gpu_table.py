@@ -1,0 +1,104 @@
+"""Decode and prefill of a model shape through `LLM.generate`, with dummy weights.
+
+    python -m benchmarks.gpu_table SHAPES.json llama31_8b [--decode 1x1024 ...] [--json FILE]
+
+`SHAPES.json` maps names to the contents of a config.json. Prefill is the time of the whole batch
+for one token each; a decode step is (time for 129 tokens - time for 1) / 128, scheduler and all.
+Best of `--repeats` runs; greedy, token ids in and out, no prefix caching, bfloat16.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jengine import LLM, SamplingParams
+
+STEPS = 128
+DECODE = ("1x1024", "8x1024", "32x1024", "64x1024", "128x1024", "256x512")
+PREFILL = ("1x128", "1x1024", "1x8192", "8x2048")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shapes", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--decode", nargs="*", default=DECODE)
+    parser.add_argument("--prefill", nargs="*", default=PREFILL)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-model-len", type=int, default=8704)
+    parser.add_argument("--max-decode-steps", type=int)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = json.loads(options.shapes.read_text())[options.name]
+        Path(folder, "config.json").write_text(json.dumps(config))
+        started = time.perf_counter()
+        llm = LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=options.max_model_len,
+            max_num_seqs=256,
+            max_num_batched_tokens=8192,
+            max_decode_steps=options.max_decode_steps,
+            enable_prefix_caching=False,
+        )
+        ready = time.perf_counter() - started
+        llm.wait_until_compiled()
+        print(f"ready after {ready:.1f} s, all executables {time.perf_counter() - started:.1f} s")
+        rows = measure(llm, config["vocab_size"], options)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+def measure(llm: LLM, vocab_size: int, options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds by row."""
+    rows: dict[str, float] = {}
+    for kind, cases in (("prefill", options.prefill), ("decode", options.decode)):
+        for case in cases:
+            batch, length = map(int, case.split("x"))
+            one = best(llm, batch, length, vocab_size, 1, options.repeats)
+            ms = one * 1e3
+            if kind == "decode":
+                many = best(llm, batch, length, vocab_size, STEPS + 1, options.repeats)
+                ms = (many - one) / STEPS * 1e3
+            rows[f"{kind} {case}"] = ms
+            print(f"{kind} {case}: {ms:.2f} ms", flush=True)
+    return rows
+
+
+def best(
+    llm: LLM, batch: int, length: int, vocab_size: int, max_tokens: int, repeats: int
+) -> float:
+    """Seconds of the fastest of `repeats` runs, after one to warm up."""
+    params = SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+    )
+    seconds = [
+        timed(llm, prompts_of(batch, length, vocab_size, run), params) for run in range(repeats + 1)
+    ]
+    return min(seconds[1:])
+
+
+def prompts_of(batch: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(100, vocab_size, length).tolist() for _ in range(batch)]
+
+
+def timed(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> float:
+    started = time.perf_counter()
+    outputs: Any = llm.generate(prompts, params, use_tqdm=False)
+    elapsed = time.perf_counter() - started
+    if any(len(o.outputs[0].token_ids) != params.max_tokens for o in outputs):
+        raise RuntimeError("a request ended early")
+    return elapsed
+
+
+if __name__ == "__main__":
+    main()
