@@ -47,7 +47,6 @@ from jengine.runtime.blueprint import (
     open_artifacts,
 )
 from jengine.runtime.memory import open_device
-from jengine.runtime.programs import Programs
 from jengine.runtime.runner import ModelRunner, StepHandle
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ class EngineCore:
         self._depth = 2 if config.scheduler.async_scheduling else 1
         self._stop_at: float | None = None  # deadline of a drain; 0 = now
         self._padded_tokens = 0  # of the last step's bucket
-        self._programs: Programs | None = None  # the runner's, from before there is one
+        self._close: Callable[[], None] = lambda: None  # of what there is so far
         self.runner: ModelRunner
         self.scheduler: Scheduler
 
@@ -89,8 +88,7 @@ class EngineCore:
             known = isinstance(error, (JengineError, ValueError, OSError))
             self._emit(CoreDead(str(error) if known else f"{type(error).__name__}: {error}"))
         finally:
-            if self._programs is not None:
-                self._programs.close()
+            self._close()
 
     @property
     def has_work(self) -> bool:
@@ -123,13 +121,14 @@ class EngineCore:
             weights = thread.submit(load_parameters, model, placement, draws)
             with phases.measure("plan"):
                 blueprint = draw_blueprint(config, model, device, device_memory, artifacts)
-                self._programs = blueprint.programs
+                self._close = blueprint.programs.close
             with phases.measure("executables"):
                 blueprint.warm_up()
             with phases.measure("weights"):  # what is left of them
                 parameters = jax.block_until_ready(weights.result())
         with phases.measure("kv cache"):
             runner = ModelRunner(blueprint, parameters)
+            self._close = runner.close
             jax.block_until_ready(runner.kv)
         self.attach(runner, f"{model.checkpoint.name}/{model.cfg.dtype}/{runner.groups}")
         self._emit(

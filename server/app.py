@@ -167,6 +167,8 @@ class ServerApp:
             "prefix_hit_rate": round(stats.prefix_hits / max(stats.prefix_queries, 1), 3),
             "preemptions": stats.num_preemptions,
         }
+        if stats.num_compiling:
+            fields["executables_compiling"] = stats.num_compiling
         logger.info("stats", extra={"fields": fields})
 
     async def _linger(self) -> None:

@@ -175,7 +175,7 @@ class EngineCollector(Collector):
             ("jengine:steps", "Steps run.", stats.num_steps),
             (
                 "jengine:compilations",
-                "Compilations after warm-up: each is a bug.",
+                "Compilations that nobody prepared: each is a bug.",
                 stats.num_compilations,
             ),
         ):
@@ -189,6 +189,11 @@ class EngineCollector(Collector):
         )
         yield self._gauge("jengine:step_tokens", "Tokens of the last step.", stats.scheduled_tokens)
         yield self._gauge("jengine:step_bucket_tokens", "Its padded size.", stats.padded_tokens)
+        yield self._gauge(
+            "jengine:executables_compiling",
+            "Executables not ready yet, while larger ones serve.",
+            stats.num_compiling,
+        )
 
     def _cache_info(self, stats: EngineStats) -> Metric:
         values = {

@@ -51,6 +51,7 @@ def test_real_tokens_and_live_objects(real: LLM, tiny: tuple[Path, Any]) -> None
     np.testing.assert_array_equal(embedding, tiny[1].model.embed_tokens.weight.detach().numpy())
     assert real.apply_model(type) == [type(real.model)]
     assert callable(real.step_fn)
+    assert real.wait_until_compiled() == len(real._core.runner.programs.ready) == 6
 
 
 def test_real_chat_on_default_parameters(real: LLM) -> None:

@@ -51,6 +51,8 @@ class ExecutableStore:
         """`structure` is (in_tree, out_tree) of the executable's call."""
         if (payload := self._read(name)) is None:
             return None
+        if self._device.platform == "gpu":
+            _prepare_mosaic()
         try:
             return serialize_executable.deserialize_and_load(
                 payload, *structure, execution_devices=[self._device]
@@ -185,6 +187,14 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@functools.cache
+def _prepare_mosaic() -> None:
+    """Importing Mosaic says where its runtime library lies. Who traces a kernel imports it; who
+    loads an executable that holds one must, too.
+    """
+    importlib.import_module("jax.experimental.mosaic.gpu")
 
 
 @functools.cache

@@ -8,6 +8,8 @@ import inspect
 import logging
 import math
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def draw_blueprint(
     device_memory: DeviceMemory,
     artifacts: Artifacts,
 ) -> Blueprint:
-    """Plans the memory; on a GPU, the first time, by compiling the largest bucket."""
+    """Plans the memory; on a GPU, the first time, by compiling the largest buckets."""
     placement = device_placement(device)
     groups = build_groups(type(model.module).kv_specs(model.cfg), config.cache.page_size)
     growth = CPU_GROWTH if device.platform == "cpu" else GPU_GROWTH
@@ -216,23 +218,30 @@ def _plan_pages(
     if is_given or not device_memory.is_planned:
         return plan(0)
     # Temporaries do not depend on the number of pages: any will do to find them.
-    largest = str(max(table.layouts))
-    measured = _measured(with_pages(table, plan(0)), largest, device, store)
-    return plan(memory.workspace_bytes(measured))
+    provisional = with_pages(table, plan(0))
+    decode = max(bucket for bucket in table.layouts if bucket.is_decode)
+    names = str(max(table.layouts)), str(decode)  # what takes most, of either kind
+    measured = _measured(provisional, names, device, store)
+    return plan(max(map(memory.workspace_bytes, measured)))
 
 
 def _measured(
-    table: ProgramTable, name: str, device: jax.Device, store: ExecutableStore
-) -> ExecutableMemory:
-    """What a program takes: as noted on disk, else by compiling it, untuned."""
-    note = f"memory-{name}"
+    table: ProgramTable, names: Sequence[str], device: jax.Device, store: ExecutableStore
+) -> list[ExecutableMemory]:
+    """What programs take: as noted on disk, else by compiling them, untuned."""
+    note = f"memory-{'-'.join(names)}"
     if (known := store.recall(note)) is not None:
-        return ExecutableMemory(**known)
+        return [ExecutableMemory(**figures) for figures in known["programs"]]
     options = xla_options.measuring_options(device.platform, xla_flags())
-    compiled = table.lower(name).compile(compiler_options=dict(options))
-    measured = memory.executable_memory(compiled, table.program(name).input_bytes)
-    log.info("planning with %s, untuned: %s", name, measured)
-    store.remember(note, dataclasses.asdict(measured))
+    lowered = [table.lower(name) for name in names]
+    with ThreadPoolExecutor(len(names)) as pool:
+        compiled = list(pool.map(lambda low: low.compile(compiler_options=dict(options)), lowered))
+    measured = [
+        memory.executable_memory(executable, table.program(name).input_bytes)
+        for executable, name in zip(compiled, names, strict=True)
+    ]
+    log.info("planning with %s, untuned: %s", names, measured)
+    store.remember(note, {"programs": [dataclasses.asdict(m) for m in measured]})
     return measured
 
 

@@ -7,6 +7,7 @@ left for KV.
 """
 
 import dataclasses
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def open_device(cache: CacheConfig) -> tuple[jax.Device, DeviceMemory]:
     if not jax_compat.backends_are_initialized():
         set_device_memory_share(cache.gpu_memory_utilization - OUTSIDE_SHARE)
     device = jax.devices()[0]
+    gc.collect()  # arrays of an engine that was closed
     return device, device_memory(device, cache)
 
 

@@ -75,6 +75,13 @@ class ModelRunner:
         self._scorer = PromptScorer(self.programs, self.leaves, self.spec.num_logprobs)
         self._forward = jax.jit(build_forward(self.spec))
 
+    def close(self) -> None:
+        """Free the KV cache and the rows; parameters live as long as somebody refers to them."""
+        self.programs.close()
+        for array in jax.tree.leaves((self.kv, self.rows)):
+            if not array.is_deleted():
+                array.delete()
+
     def dispatch(self, plan: StepPlan) -> StepHandle:
         """Start a plan and return at once. Plans run on the device in dispatch order."""
         for item in plan.scheduled:

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from jengine.config import EngineConfig
+from jengine.engine import EngineCore
 from jengine.models.loader import open_model
 from jengine.prebuild import Prebuilt, prebuild
-from jengine.protocol import CallUtility, CoreReady, UtilityResult
+from jengine.protocol import CallUtility, CoreReady, FromCore, Shutdown, UtilityResult
 from jengine.request import SamplingParams
 from jengine.runtime import memory
 from jengine.runtime.aot import ExecutableStore
@@ -231,6 +232,23 @@ def test_loaded_executables_give_the_tokens_of_compiled_ones(machine: Machine) -
     assert loaded.alone([3, 4, 5], params, seed=7) == compiled.alone([3, 4, 5], params, seed=7)
 
 
+def test_a_closed_core_frees_the_kv_cache_and_compiles_no_more(
+    machine: Machine, slow_compiler: threading.Event
+) -> None:
+    machine.forget("16x2", "score")
+    messages: list[FromCore] = []
+    config = machine.config(**PAGES, background_compile=True, compile_threads=1)
+    core = EngineCore(config, messages.append)
+    core.submit(Shutdown())
+    core.run()
+    assert isinstance(messages[-1], CoreReady)
+    assert all(x.is_deleted() for x in (*core.runner.kv, core.runner.rows.bias))
+    assert core.stats().num_compiling == 1  # being compiled when the order came; `score` is dropped
+    slow_compiler.set()
+    core.runner.programs._queue.wait(["16x2"])
+    assert "score" not in core.runner.programs.ready
+
+
 def test_a_damaged_executable_is_compiled_again(machine: Machine) -> None:
     (victim,) = machine.cache.rglob("score")
     victim.write_bytes(victim.read_bytes()[:-100])
@@ -287,9 +305,9 @@ def test_planned_pages_fill_the_pool(machine: Machine) -> None:
     pool = DeviceMemory(budget=1000 * MIB, pool=900 * MIB, is_planned=True)
     with compilations() as events:
         plan = blueprint(config, pool)
-        assert len(events) == 1  # of the largest bucket, for its figures
+        assert len(events) == 2  # of the largest mixed and decode buckets, for their figures
         again = blueprint(config, pool)
-        assert len(events) == 1  # which are noted
+        assert len(events) == 2  # which are noted
     assert again.num_pages == plan.num_pages
 
     # Worked out from the model's shapes: what is left of the pool is less than a page.

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from jengine.server import __main__ as cli
 from jengine.server import logs, vllm_flags
 from jengine.server.cli_options import EngineFlags, ServerFlags, takes
 from jengine.server.settings import ServerSettings
+from tests.oracles.dummy_model import write_dummy_model
 from tests.server.harness import RunningServer
 
+REPO = Path(__file__).resolve().parents[2]
 runner = CliRunner()
 
 
@@ -175,6 +179,39 @@ def test_collect_env(tmp_path: Path) -> None:
     report = json.loads(path.read_text())
     assert report["devices"]
     assert report["jax"] == metadata.version("jax")
+
+
+@pytest.fixture
+def tiny_flags(tmp_path: Path) -> list[str]:
+    """A model of one layer and four step shapes, with a cache of its own."""
+    model = write_dummy_model(tmp_path / "model", num_hidden_layers=1)
+    flags = [str(model), "--load-format", "dummy", "--skip-tokenizer-init"]
+    flags += ["--max-num-seqs", "2", "--max-num-batched-tokens", "8", "--max-model-len", "64"]
+    flags += ["--num-gpu-blocks-override", "12", "--compile-cache-dir", str(tmp_path / "cache")]
+    return flags
+
+
+def test_prebuild_then_a_start_compiles_nothing(tiny_flags: list[str], tmp_path: Path) -> None:
+    # In a process of its own: this one has eight devices, which is another key.
+    command = [sys.executable, "-m", "jengine.server", "prebuild", *tiny_flags]
+    built = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    assert "7 executables (7 compiled" in built.stdout
+    again = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert "7 executables (0 compiled" in again.stdout
+    assert "was there" in again.stdout
+
+    figures = tmp_path / "figures.json"
+    argv = ["bench", "startup", *tiny_flags, "--num-iters-cold", "0", "--num-iters-warmup", "0"]
+    argv += ["--num-iters-warm", "1", "--output-json", str(figures)]
+    result = runner.invoke(cli.app, argv)
+    assert result.exit_code == 0, result.output
+    start = json.loads(figures.read_text())
+    assert start["warm_num_compiled"] == [0]
+    assert sum(start["warm_phases"].values()) == pytest.approx(
+        start["avg_warm_startup_time"], rel=0.1
+    )
+    assert start["avg_warm_complete_time"] >= start["avg_warm_startup_time"]
 
 
 def test_log_lines() -> None:

@@ -129,6 +129,7 @@ def test_engine_snapshot_becomes_series() -> None:
     stats = EngineStats(
         num_running=2, num_waiting=3, num_pages_used=5, num_pages_total=20, prefix_hits=30
     )
+    stats.num_compiling = 4
     stats.num_prompt_tokens = 100
     metrics.watch_engine(lambda: stats, CacheConfig())
     values = {
@@ -138,6 +139,7 @@ def test_engine_snapshot_becomes_series() -> None:
     }
     assert values["vllm:kv_cache_usage_perc",] == 0.25
     assert values["vllm:num_requests_waiting_by_reason", "capacity"] == 3
+    assert values["jengine:executables_compiling",] == 4
     assert values["vllm:prompt_tokens_by_source_total", "local_compute"] == 70
     assert values["vllm:prompt_tokens_by_source_total", "local_cache_hit"] == 30
     stats.num_running = 7
