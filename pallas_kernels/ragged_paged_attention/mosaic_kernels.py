@@ -176,7 +176,7 @@ def _attend(q_ref, out_ref, q_smem, shared, numbers, shape: Shape) -> None:
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
-    q_smem[...] = plgpu.load(q_ref, (), layout=plgpu.Layout.WGMMA, optimized=False)
+    q_smem[...] = plgpu.load(q_ref, layout=plgpu.Layout.WGMMA, optimized=False)
     plgpu.commit_smem()
     top = plgpu.layout_cast(jnp.full((QUERIES,), -jnp.inf, jnp.float32), rows)
     total = plgpu.layout_cast(jnp.zeros((QUERIES,), jnp.float32), rows)
@@ -244,7 +244,7 @@ def _clear_rest(v_smem, first, kv_len, H: int) -> None:
     def _():
         for half in range(0, BLOCK, 64):
             v_ref = v_smem.at[pl.ds(half, 64)]
-            v = plgpu.load(v_ref, (), layout=plgpu.Layout.WGMMA)
+            v = plgpu.load(v_ref, layout=plgpu.Layout.WGMMA)
             at = plgpu.broadcasted_iota(jnp.int32, (64, H), 0, layout=plgpu.Layout.WGMMA)
             v_ref[...] = jnp.where(at + (first + half) < kv_len, v, jnp.zeros_like(v))
         plgpu.commit_smem()

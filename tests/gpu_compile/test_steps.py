@@ -19,8 +19,8 @@ KERNELS_OF_A_LAYER = 10  # as many as vLLM launches
 METADATA_BYTES = 64 << 10  # what one int32 array brings, cut into fields
 MIB = 1 << 20
 ONE_ROW = pytest.mark.xfail(reason="XLA takes two kernels for the norm of a single row")
-# XLA's own matrix products, and our kernels through its PTX call.
-CUSTOM_CALLS = {"__gpu$xla.gpu.ptx", "__cublas$gemm", "__cublas$lt$matmul"}
+# XLA's own matrix products, and our kernels: Triton's (through its PTX call) and Mosaic's.
+CUSTOM_CALLS = {"__gpu$xla.gpu.ptx", "mosaic_gpu_v2", "__cublas$gemm", "__cublas$lt$matmul"}
 
 
 @dataclasses.dataclass(frozen=True)
