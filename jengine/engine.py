@@ -122,14 +122,20 @@ class EngineCore:
             with phases.measure("plan"):
                 blueprint = draw_blueprint(config, model, device, device_memory, artifacts)
                 self._close = blueprint.programs.close
-            with phases.measure("executables"):
-                blueprint.warm_up()
+            with phases.measure("load"):
+                blueprint.load()
+            if device_memory.is_planned:  # tuning beside them would leave holes between them
+                with phases.measure("weights"):
+                    jax.block_until_ready(weights.result())
+            with phases.measure("compile"):
+                blueprint.compile()
             with phases.measure("weights"):  # what is left of them
                 parameters = jax.block_until_ready(weights.result())
         with phases.measure("kv cache"):
             runner = ModelRunner(blueprint, parameters)
             self._close = runner.close
             jax.block_until_ready(runner.kv)
+            runner.programs.compile_rest()
         self.attach(runner, f"{model.checkpoint.name}/{model.cfg.dtype}/{runner.groups}")
         self._emit(
             CoreReady(
@@ -330,4 +336,4 @@ class _Phases:
     def measure(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

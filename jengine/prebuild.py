@@ -42,6 +42,7 @@ def prebuild(config: EngineConfig) -> Prebuilt:
         infos = abstract_parameters(model.module).values()
         dummy_programs(infos, device_placement(device), dummy_compiler(artifacts))
     blueprint = draw_blueprint(config, model, device, device_memory, artifacts)
-    blueprint.warm_up()
+    blueprint.load()
+    blueprint.compile()
     executables = list(blueprint.programs.prepared.values())
     return Prebuilt(str(artifacts.toolchain), blueprint.num_pages, executables)

@@ -30,7 +30,14 @@ from jengine.runtime.batch import BatchLayout
 from jengine.runtime.buckets import Bucket, build_buckets, essential_buckets, preparation_order
 from jengine.runtime.decode_steps import choose_max_decode_steps
 from jengine.runtime.memory import DeviceMemory, ExecutableMemory
-from jengine.runtime.programs import Programs, ProgramTable
+from jengine.runtime.programs import (
+    EMPTY,
+    SCORE,
+    SET_PAGES,
+    SET_ROW,
+    Programs,
+    ProgramTable,
+)
 from jengine.runtime.shapes import (
     abstract_kv,
     abstract_leaf,
@@ -66,15 +73,31 @@ class Blueprint:
     table: ProgramTable
     programs: Programs
 
-    def warm_up(self) -> None:
-        """Load or compile the executables, those without which we cannot serve first."""
+    def load(self) -> None:
+        """Load the executables that are on disk."""
+        self.programs.load(compile_threads(self.config, self.device))
+
+    def compile(self) -> None:
+        """Compile those without which we cannot serve, or all: see `background_compile`.
+
+        Before the KV cache is made: XLA times matrix products on copies of their operands, which
+        would lie where the cache is to be.
+        """
         background = self.config.compile.background_compile
-        self.programs.warm_up(
-            preparation_order(self.buckets),
-            len(essential_buckets(self.buckets)),
-            threads=compile_threads(self.config, self.device),
-            background=self.device.platform != "cpu" if background is None else background,
-        )
+        if background is None:
+            background = self.device.platform != "cpu"
+        names = essential_programs(self.buckets) if background else self.programs.names
+        self.programs.compile(len(names), compile_threads(self.config, self.device))
+
+
+def essential_programs(buckets: Sequence[Bucket]) -> list[str]:
+    return [EMPTY, *map(str, essential_buckets(buckets)), SET_ROW, SET_PAGES]
+
+
+def all_programs(buckets: Sequence[Bucket]) -> list[str]:
+    """In the order to prepare them."""
+    names = [*essential_programs(buckets), *map(str, preparation_order(buckets)), SCORE]
+    return list(dict.fromkeys(names))
 
 
 def draw_blueprint(
@@ -126,7 +149,7 @@ def draw_blueprint(
         num_pages=num_pages,
         reserve=memory.reserve_bytes(device_memory, largest_bytes(leaves)),
         table=table,
-        programs=Programs(table, store.inside(inside), options),
+        programs=Programs(table, all_programs(buckets), store.inside(inside), options),
     )
 
 

@@ -13,8 +13,8 @@ class CompileQueue:
     """Runs `compile_(name)` for every name given to `start`.
 
     A thread takes one name and then comes back for the next, instead of the pool holding them all:
-    so `limit`, `hurry` and `close` take effect, and an interpreter that exits waits for what is
-    being compiled now but not for the rest.
+    so `wait` and `close` take effect, and an interpreter that exits waits for what is being
+    compiled now but not for the rest.
     """
 
     def __init__(self, compile_: Callable[[str], object]) -> None:
@@ -23,24 +23,19 @@ class CompileQueue:
         self._names: collections.deque[str] = collections.deque()
         self._futures: dict[str, Future[None]] = {}
         self.num_pending = 0
-        self._num_running = 0
-        self._max_running = 0
         self._pool: ThreadPoolExecutor | None = None
         self._when_done: list[Callable[[], object]] = []
 
     def start(self, names: Iterable[str], threads: int) -> None:
-        """Once."""
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
-        self._names.extend(names)
-        self._futures = {name: Future() for name in self._names}
-        self.num_pending = len(self._futures)
-        self._max_running = threads
+        """So many at once. Again only when all before are done."""
+        with self._lock:
+            assert not self.num_pending
+            self._names.extend(names)
+            self._futures |= {name: Future() for name in self._names}
+            self.num_pending = len(self._names)
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
         for _ in range(threads):
             self._run_next()
-
-    def limit(self, threads: int) -> None:
-        """From now on at most so many at once; what is being compiled is finished."""
-        self._max_running = min(threads, self._max_running)
 
     def wait(self, names: Iterable[str]) -> None:
         """Until these are compiled, ahead of the others. Raises what `compile_` raised, or
@@ -87,10 +82,9 @@ class CompileQueue:
         with self._lock:
             if not self.num_pending:
                 self._pool.shutdown(wait=False)
-            if not self._names or self._num_running >= self._max_running:
+            if not self._names:
                 return
             name = self._names.popleft()
-            self._num_running += 1
         try:
             submitted = self._pool.submit(self._compile, name)
         except RuntimeError:  # closed, or the interpreter exits
@@ -99,18 +93,17 @@ class CompileQueue:
         submitted.add_done_callback(lambda future: self._finish(name, future))
 
     def _finish(self, name: str, future: Future[object]) -> None:
+        callbacks: list[Callable[[], object]] = []
+        with self._lock:  # counted before anybody who waits goes on
+            self.num_pending -= 1
+            if not self.num_pending:
+                callbacks, self._when_done = self._when_done, []
         error = future.exception()
         if error is None:
             self._futures[name].set_result(None)
         else:
             log.error("%s could not be compiled: %s", name, error)
             self._futures[name].set_exception(error)
-        callbacks: list[Callable[[], object]] = []
-        with self._lock:
-            self._num_running -= 1
-            self.num_pending -= 1
-            if not self.num_pending:
-                callbacks, self._when_done = self._when_done, []
         for callback in callbacks:
             callback()
         self._run_next()

@@ -3,7 +3,6 @@ Compiled ahead, kept on disk.
 """
 
 import dataclasses
-import functools
 import logging
 import math
 import threading
@@ -32,7 +31,7 @@ from jengine.runtime.step import (
     set_pages,
     set_row,
 )
-from jengine.runtime.xla_options import Options
+from jengine.runtime.xla_options import Options, without_graphs
 
 log = logging.getLogger(__name__)
 
@@ -137,11 +136,15 @@ class Prepared:
 
 
 class Programs:
-    """Name -> executable. After `warm_up` a compilation that nobody prepared is a fault: it is
-    counted and logged.
+    """Name -> executable: `load`, `compile`, `compile_rest`. After that a compilation that nobody
+    prepared is a fault: it is counted and logged.
     """
 
-    def __init__(self, table: ProgramTable, store: ExecutableStore, options: Options) -> None:
+    def __init__(
+        self, table: ProgramTable, names: Sequence[str], store: ExecutableStore, options: Options
+    ) -> None:
+        """`names`, all of the table, in the order to compile them."""
+        self.names = tuple(names)
         self._table = table
         self._store = store
         self._options = options
@@ -150,49 +153,47 @@ class Programs:
         self._lock = threading.Lock()
         self._queue = CompileQueue(self._compile)
         self._is_warm = False
-        self._started: float | None = None  # of `warm_up`
-        # Steps are chosen from these; before `warm_up` from all, compiled as they are needed.
+        self._started: float | None = None  # when `load` was called
+        # Steps are chosen from these; before `load` from all, compiled as they are needed.
         self.usable_buckets: tuple[Bucket, ...] = tuple(sorted(table.layouts))
         self.prepared: dict[str, Prepared] = {}
-        self.warm_up_seconds = 0.0
+        self.warm_up_seconds = 0.0  # of `load` and `compile`
         self.num_late = 0
 
-    def warm_up(
-        self,
-        order: Sequence[Bucket],
-        num_essential: int,
-        *,
-        threads: int,
-        background: bool,
-    ) -> None:
-        """Load what is on disk and compile the rest. With `background`, return when the first
-        `num_essential` buckets of `order` are ready, and go on in threads of our own.
-        """
-        self._started = started = time.perf_counter()
-        names = [EMPTY, *map(str, order[:num_essential]), SET_ROW, SET_PAGES]
-        essential = len(names)
-        names += [*map(str, order[num_essential:]), SCORE]
+    def load(self, threads: int) -> None:
+        """Load what is on disk."""
+        self._started = time.perf_counter()
         self.usable_buckets = ()
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(self._load, names))
-        missing = [name for name in names if name not in self._ready]
+            list(pool.map(self._load, self.names))
+        self.warm_up_seconds = time.perf_counter() - self._started
+
+    def compile(self, num_names: int, threads: int) -> None:
+        """Compile what is missing of the first so many names, and wait for it."""
+        started = time.perf_counter()
+        missing = self._missing(self.names[:num_names])
         self._queue.start(missing, threads)
-        needed = [name for name in missing if not background or name in names[:essential]]
-        for name in tqdm(needed, "executables", leave=False, disable=None):
+        for name in tqdm(missing, "executables", leave=False, disable=None):
             self._queue.wait((name,))
-        self._queue.limit(BACKGROUND_THREADS)
         self._is_warm = True
-        self.warm_up_seconds = time.perf_counter() - started
+        self.warm_up_seconds += time.perf_counter() - started
         log.info(
             "%d of %d executables ready in %.1f s (%d compiled)%s",
             len(self._ready),
-            len(names),
+            len(self.names),
             self.warm_up_seconds,
             self.num_compiled,
-            ", serving" if self.num_pending else "",
+            ", serving" if len(self._ready) < len(self.names) else "",
         )
-        if self.num_pending:
-            self._queue.when_done(functools.partial(self._report_complete, started))
+
+    def compile_rest(self) -> None:
+        """Go on in threads of our own, if anything is missing still."""
+        if missing := self._missing(self.names):
+            self._queue.start(missing, BACKGROUND_THREADS)
+            self._queue.when_done(self._report_complete)
+
+    def _missing(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name not in self._ready]
 
     def __getitem__(self, name: str) -> jax.stages.Compiled:
         if (compiled := self._ready.get(name)) is not None:
@@ -219,7 +220,7 @@ class Programs:
 
     @property
     def failures(self) -> dict[str, str]:
-        """Programs that could not be compiled after `warm_up`, and why. Larger buckets serve."""
+        """Programs that could not be compiled in the background, and why. Larger buckets serve."""
         return self._queue.failures()
 
     @property
@@ -255,7 +256,9 @@ class Programs:
         # Tracing holds the interpreter lock anyway; one trace at a time keeps its caches safe.
         with self._trace_lock:
             lowered = self._table.lower(name)
-        compiled = lowered.compile(compiler_options=dict(self._options))
+        is_chunk = any(str(b) == name and not b.is_decode for b in self._table.layouts)
+        options = without_graphs(self._options) if is_chunk else self._options
+        compiled = lowered.compile(compiler_options=dict(options))
         self._store.save(name, compiled)
         self._keep(name, compiled, started, was_compiled=True)
 
@@ -271,8 +274,9 @@ class Programs:
             buckets = self._table.layouts
             self.usable_buckets = tuple(sorted(b for b in buckets if str(b) in self._ready))
 
-    def _report_complete(self, started: float) -> None:
-        seconds = time.perf_counter() - started
+    def _report_complete(self) -> None:
+        assert self._started is not None
+        seconds = time.perf_counter() - self._started
         log.info("all %d executables ready after %.1f s", len(self._ready), seconds)
 
 

@@ -54,7 +54,7 @@ class ModelRunner:
     """
 
     def __init__(self, blueprint: Blueprint, parameters: Mapping[str, jax.Array]) -> None:
-        """Makes the KV arrays; with `blueprint.warm_up` before, when the rest is compiled."""
+        """Makes the KV arrays. Compile before: tuning needs the memory."""
         self.blueprint = blueprint
         self.config = blueprint.config
         self.max_model_len = blueprint.model.max_model_len

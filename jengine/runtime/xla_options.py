@@ -27,6 +27,14 @@ def compiler_options(platform: str, user_flags: str = "") -> Options:
     return {name: value for name, value in _GPU.items() if name not in user_flags}
 
 
+def without_graphs(options: Options) -> Options:
+    """For prompts: their kernels are long enough to be launched one by one, unnoticed; but bringing a
+    graph of hundreds of nodes up to date before each call delays the first token by milliseconds.
+    """
+    name = "xla_gpu_enable_command_buffer"
+    return options | {name: ""} if name in options else options
+
+
 def measuring_options(platform: str, user_flags: str = "") -> Options:
     """For a program that is compiled for its memory figures only: no kernel is timed."""
     options = compiler_options(platform, user_flags)
@@ -39,4 +47,7 @@ def tuning_cache(platform: str, folder: Path | None) -> Options:
     """
     if platform not in GPU_PLATFORMS or folder is None:
         return {}
-    return {"xla_gpu_per_fusion_autotune_cache_dir": str(folder)}
+    return {
+        "xla_gpu_per_fusion_autotune_cache_dir": str(folder),
+        "xla_gpu_experimental_autotune_cache_mode": "AUTOTUNE_CACHE_MODE_UPDATE",
+    }

@@ -90,17 +90,17 @@ def test_who_waits_goes_first() -> None:
     queue.wait("bc")
 
 
-def test_fewer_at_once_from_now_on() -> None:
-    queue, compiler = start("a b c d e f", threads=3)
-    compiler.await_begun(3)
-    queue.limit(1)
-    compiler.let_end(3)  # the three, after which one thread goes on
-    compiler.await_begun(1)
-    assert compiler.begun[3:] == ["d"]
+def test_more_names_later_with_other_threads() -> None:
+    queue, compiler = start("a b c", threads=3)
+    compiler.let_end(3)
+    queue.wait("abc")
+    compiler.most_at_once = 0
+    queue.start("def", 1)
     done = ended(queue)
     compiler.let_end(3)
     assert done.wait(SECONDS)
-    assert len(compiler.begun) == 6
+    assert compiler.begun[3:] == ["d", "e", "f"]
+    assert compiler.most_at_once == 1
 
 
 def test_a_failure_reaches_who_waits_and_nobody_else() -> None:

@@ -219,7 +219,10 @@ def test_a_start_compiles_nothing_after_prebuild(
     ready = greeting(pump)
     assert ready.num_compiled == 0
     assert sum(ready.phases.values()) == pytest.approx(ready.startup_seconds, rel=0.2)
-    assert set(ready.phases) == {"device", "model", "plan", "executables", "weights", "kv cache"}
+    assert set(ready.phases) == {
+        "device", "model", "plan", "load", "compile", "weights", "kv cache",
+    }  # fmt: skip
+
     assert pump.core.runner.num_pages == result.num_pages
     again = prebuild(machine.config(**PAGES))
     assert [e.name for e in again.executables if e.was_compiled] == []
@@ -233,11 +236,12 @@ def test_loaded_executables_give_the_tokens_of_compiled_ones(machine: Machine) -
 
 
 def test_a_closed_core_frees_the_kv_cache_and_compiles_no_more(
-    machine: Machine, slow_compiler: threading.Event
+    machine: Machine, slow_compiler: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.forget("16x2", "score")
+    monkeypatch.setattr("jengine.runtime.programs.BACKGROUND_THREADS", 1)
     messages: list[FromCore] = []
-    config = machine.config(**PAGES, background_compile=True, compile_threads=1)
+    config = machine.config(**PAGES, background_compile=True)
     core = EngineCore(config, messages.append)
     core.submit(Shutdown())
     core.run()
