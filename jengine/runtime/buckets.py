@@ -22,7 +22,7 @@ class Bucket:
         return f"{self.num_tokens}x{self.num_seqs}"
 
 
-FEW_SEQS = 4  # prefill of few sequences: most of its sampling rows would be padding
+FEW_SEQS = 8  # prefill of few sequences: most of its sampling rows would be padding
 
 
 def build_buckets(

@@ -31,7 +31,7 @@ from jengine.runtime.step import (
     set_pages,
     set_row,
 )
-from jengine.runtime.xla_options import Options, without_graphs
+from jengine.runtime.xla_options import Options, bucket_options
 
 log = logging.getLogger(__name__)
 
@@ -256,8 +256,10 @@ class Programs:
         # Tracing holds the interpreter lock anyway; one trace at a time keeps its caches safe.
         with self._trace_lock:
             lowered = self._table.lower(name)
-        is_chunk = any(str(b) == name and not b.is_decode for b in self._table.layouts)
-        options = without_graphs(self._options) if is_chunk else self._options
+        options = self._options
+        for bucket in self._table.layouts:
+            if str(bucket) == name:
+                options = bucket_options(options, bucket.num_tokens, bucket.num_seqs)
         compiled = lowered.compile(compiler_options=dict(options))
         self._store.save(name, compiled)
         self._keep(name, compiled, started, was_compiled=True)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jengine.pallas_kernels.platform import require_cuda
 from jengine.pallas_kernels.ragged_paged_attention import mosaic_gpu
 from jengine.pallas_kernels.ragged_paged_attention.work import (
-    MAX_SPLITS,
     Splits,
     Tiles,
     plan_full_tiles,
@@ -41,7 +40,7 @@ def decode_tiling(head_dim: int, itemsize: int) -> Tiling:
         return Tiling(MATRIX_ROWS, 32, Schedule(4, 2), 2)
     if head_dim > 128:
         return Tiling(MATRIX_ROWS, 32, Schedule(4, 5), 2)
-    return Tiling(MATRIX_ROWS, 64, Schedule(4, 5), 3)
+    return Tiling(MATRIX_ROWS, 64, Schedule(4, 3), 2)
 
 
 def tile_tiling(num_tokens: int, head_dim: int, itemsize: int) -> Tiling:
@@ -190,7 +189,7 @@ def _decode(
     group = max(tiling.rows, _power_of_two(N // K))
     W, S = splits.items.shape[0], page_table_SM.shape[0]
     num_programs = min(W * K, NUM_MULTIPROCESSORS * tiling.programs_per_multiprocessor)
-    out, acc, m, total = triton_call(
+    out, acc, top, total = triton_call(
         decode_split,
         (
             q_TNH,
@@ -215,13 +214,13 @@ def _decode(
     )
     return triton_call(
         combine_splits,
-        (acc, m, total, splits.first, cu_q_lens_S1, sinks_N, out),
+        (acc, top, total, splits.first, cu_q_lens_S1, sinks_N, out),
         [jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype)],
         grid=(S, K),
         constants={name: constants[name] for name in ("N", "K", "H", "HP", "HAS_SINKS")}
         | {
             "GP": _power_of_two(N // K),
-            "MAX_SPLITS": MAX_SPLITS,
+            "CHUNK": 8,
             "IS_DECODE": prior_TNH is None,
         },
         schedule=Schedule(4, 1),

@@ -1,7 +1,7 @@
 """Triton kernels of ragged paged attention. Imported only where a program for a GPU is traced.
 
-Softmax runs in base 2. `m` is the running maximum, `total` the running sum, `acc` the unnormalised
-output (flash attention, arXiv:2205.14135).
+Softmax runs in base 2. `top` is the running maximum, `total` the running sum, `acc` the output
+before it is divided by the sum (flash attention, arXiv:2205.14135).
 """
 
 import triton
@@ -39,7 +39,7 @@ def attend_block(
     k,  # [keys, HP]
     v,  # [keys, HP]
     is_seen,  # [rows, keys], or None: every row sees every key
-    m,
+    top,
     total,
     acc,
     SCALE: tl.constexpr,
@@ -56,24 +56,24 @@ def attend_block(
         to_log2: tl.constexpr = SOFT_CAP * LOG2_E
     if is_seen is not None:
         s = tl.where(is_seen, s, NEVER)
-    m_new = tl.maximum(m, tl.max(s, 1) * to_log2)
-    p = tl.exp2(s * to_log2 - m_new[:, None])
+    new_top = tl.maximum(top, tl.max(s, 1) * to_log2)
+    p = tl.exp2(s * to_log2 - new_top[:, None])
     if is_seen is not None:
         p = tl.where(is_seen, p, 0.0)  # a row that has seen nothing yet: exp2(NEVER - NEVER) = 1
-    decay = tl.exp2(m - m_new)
+    decay = tl.exp2(top - new_top)
     total = total * decay + tl.sum(p, 1)
     acc = acc * decay[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return m_new, total, acc
+    return new_top, total, acc
 
 
 @triton.jit
-def finish(m, total, acc, sink, HAS_SINKS: tl.constexpr):
+def finish(top, total, acc, sink, HAS_SINKS: tl.constexpr):
     """The output rows. A sink is one more logit in the sum, without a value."""
     if HAS_SINKS:
-        m_all = tl.maximum(m, sink * LOG2_E)
-        decay = tl.exp2(m - m_all)
-        total = total * decay + tl.exp2(sink * LOG2_E - m_all)
+        top_all = tl.maximum(top, sink * LOG2_E)
+        decay = tl.exp2(top - top_all)
+        total = total * decay + tl.exp2(sink * LOG2_E - top_all)
         acc = acc * decay[:, None]
     return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
@@ -91,8 +91,8 @@ def decode_split(
     # outputs
     out_ptr,  # [T, N, H]; written here for a sequence of one split
     acc_ptr,  # f32[W, N, H]
-    m_ptr,  # f32[W, N]
-    l_ptr,  # f32[W, N]
+    top_ptr,  # f32[W, N]
+    total_ptr,  # f32[W, N]
     N: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -126,7 +126,7 @@ def decode_split(
         heads = head * G + rows
         q_offsets = (token * N + heads)[:, None] * H + offsets_h[None, :]
         q = tl.load(q_ptr + q_offsets, mask=in_tile, other=0.0).to(DTYPE)
-        m = tl.full([GP], NEVER, tl.float32)
+        top = tl.full([GP], NEVER, tl.float32)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, HP], tl.float32)
         for start in range(begin // BLOCK * BLOCK, end, BLOCK):
@@ -136,25 +136,25 @@ def decode_split(
                 kv_ptr, table_ptr + sequence * M, at, is_live, offsets_h, head, K, H, B, DTYPE
             )
             is_seen = is_live[None, :]
-            m, total, acc = attend_block(
-                q, k, v, is_seen, m, total, acc, SCALE, SOFT_CAP, PRECISION
+            top, total, acc = attend_block(
+                q, k, v, is_seen, top, total, acc, SCALE, SOFT_CAP, PRECISION
             )
         if num_splits == 1:
-            sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else m
-            out = finish(m, total, acc, sink, HAS_SINKS)
+            sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else top
+            out = finish(top, total, acc, sink, HAS_SINKS)
             tl.store(out_ptr + q_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)
         else:
             partial = work * N + heads
             tl.store(acc_ptr + partial[:, None] * H + offsets_h[None, :], acc, mask=in_tile)
-            tl.store(m_ptr + partial, m, mask=rows < G)
-            tl.store(l_ptr + partial, total, mask=rows < G)
+            tl.store(top_ptr + partial, top, mask=rows < G)
+            tl.store(total_ptr + partial, total, mask=rows < G)
 
 
 @triton.jit
 def combine_splits(
     acc_ptr,  # f32[W, N, H]
-    m_ptr,  # f32[W, N]
-    l_ptr,  # f32[W, N]
+    top_ptr,  # f32[W, N]
+    total_ptr,  # f32[W, N]
     first_ptr,  # i32[S + 1]: first work item of a sequence
     token_ptr,  # i32[S + 1]
     sinks_ptr,  # f32[N], or anything
@@ -166,7 +166,7 @@ def combine_splits(
     H: tl.constexpr,
     HP: tl.constexpr,
     GP: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,  # splits that are read at once
     IS_DECODE: tl.constexpr,  # rows without work are padding, and become zero
     HAS_SINKS: tl.constexpr,
 ):
@@ -183,23 +183,29 @@ def combine_splits(
     token = sequence if IS_DECODE else tl.load(token_ptr + sequence)
     out_offsets = (token * N + heads)[:, None] * H + offsets_h[None, :]
     if num_splits > 1:
-        splits = tl.arange(0, MAX_SPLITS)
-        at = (first + splits)[:, None] * N + heads[None, :]
-        is_split = (splits < num_splits)[:, None] & (rows < G)[None, :]
-        m_all = tl.load(m_ptr + at, mask=is_split, other=NEVER)
-        m = tl.max(m_all, 0)
+        top = tl.full([GP], NEVER, tl.float32)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, HP], tl.float32)
-        for split in range(num_splits):
-            partial = (first + split) * N + heads
-            weight = tl.exp2(tl.load(m_ptr + partial, mask=rows < G, other=NEVER) - m)
-            total += tl.load(l_ptr + partial, mask=rows < G, other=0.0) * weight
-            part = tl.load(
-                acc_ptr + partial[:, None] * H + offsets_h[None, :], mask=in_tile, other=0.0
+        for start in range(0, num_splits, CHUNK):
+            splits = start + tl.arange(0, CHUNK)
+            is_split = splits < num_splits
+            at = (first + splits)[:, None] * N + heads[None, :]
+            in_chunk = is_split[:, None] & (rows < G)[None, :]
+            tops = tl.load(top_ptr + at, mask=in_chunk, other=NEVER)
+            totals = tl.load(total_ptr + at, mask=in_chunk, other=0.0)
+            accs = tl.load(
+                acc_ptr + at[:, :, None] * H + offsets_h[None, None, :],
+                mask=is_split[:, None, None] & in_tile[None, :, :],
+                other=0.0,
             )
-            acc += part * weight[:, None]
-        sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else m
-        out = finish(m, total, acc, sink, HAS_SINKS)
+            new_top = tl.maximum(top, tl.max(tops, 0))
+            decay = tl.exp2(top - new_top)
+            weights = tl.exp2(tops - new_top[None, :])
+            total = total * decay + tl.sum(totals * weights, 0)
+            acc = acc * decay[:, None] + tl.sum(accs * weights[:, :, None], 0)
+            top = new_top
+        sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else top
+        out = finish(top, total, acc, sink, HAS_SINKS)
         tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)
     if IS_DECODE:  # noqa: SIM102
         if num_splits == 0:
@@ -258,13 +264,13 @@ def attend_tile(
     # Blocks before `masked` are seen whole by every row.
     masked = begin if WINDOW > 0 else (first_position + 1) // BLOCK * BLOCK
     table_ptr += sequence * M
-    m = tl.full([ROWS], NEVER, tl.float32)
+    top = tl.full([ROWS], NEVER, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HP], tl.float32)
     for start in range(begin, masked, BLOCK):
         at = start + tl.arange(0, BLOCK)
         k, v = load_block(kv_ptr, table_ptr, at, at >= 0, offsets_h, head, K, H, B, DTYPE)
-        m, total, acc = attend_block(q, k, v, None, m, total, acc, SCALE, SOFT_CAP, PRECISION)
+        top, total, acc = attend_block(q, k, v, None, top, total, acc, SCALE, SOFT_CAP, PRECISION)
     for start in range(masked, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         is_live = at < end
@@ -274,7 +280,9 @@ def attend_tile(
         is_seen = at[None, :] <= position[:, None]
         if WINDOW > 0:
             is_seen = is_seen & (at[None, :] > position[:, None] - WINDOW)
-        m, total, acc = attend_block(q, k, v, is_seen, m, total, acc, SCALE, SOFT_CAP, PRECISION)
-    sink = tl.load(sinks_ptr + heads, mask=is_row, other=0.0) if HAS_SINKS else m
-    out = finish(m, total, acc, sink, HAS_SINKS)
+        top, total, acc = attend_block(
+            q, k, v, is_seen, top, total, acc, SCALE, SOFT_CAP, PRECISION
+        )
+    sink = tl.load(sinks_ptr + heads, mask=is_row, other=0.0) if HAS_SINKS else top
+    out = finish(top, total, acc, sink, HAS_SINKS)
     tl.store(out_ptr + q_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)

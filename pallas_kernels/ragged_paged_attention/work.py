@@ -3,8 +3,8 @@
 Every layer asks for it anew; XLA computes it once, for the requests are equal.
 
 A sequence with one new token is cut along its context into splits (`decode_split`), one with more
-into tiles of queries (`attend_tile`). How a row is cut depends on its own length alone, never on
-the batch, so its sums are formed in the same order in any company.
+into tiles of queries (`attend_tile`). How a row is cut depends on its own length and on the bucket,
+never on its neighbours: within a bucket its sums are formed in the same order in any company.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-WHOLE = 512  # positions; up to so many a context stays in one piece
-MIN_SPLIT = 256
 MAX_SPLITS = 32
 
 
@@ -62,16 +60,24 @@ def plan_splits(
 
 
 def split_size(kv_lens_S: jax.Array) -> jax.Array:
-    """Positions in a split: a power of two that gives at most `MAX_SPLITS` of them.
-
-    Small splits keep a lone request's latency down; but each costs about a microsecond and its
-    partial result, so a short context is not cut at all.
-    """
-    size_S = jnp.where(kv_lens_S <= WHOLE, WHOLE, MIN_SPLIT)
-    for power in range(MIN_SPLIT.bit_length(), 26):
+    """Positions in a split: a power of two that gives at most `MAX_SPLITS` of them."""
+    smallest = min_split(kv_lens_S.shape[0])
+    # What a split costs by itself is saved where a context needs none.
+    size_S = jnp.where(kv_lens_S <= 2 * smallest, 2 * smallest, smallest)
+    for power in range(smallest.bit_length(), 26):
         half = 1 << (power - 1)
         size_S = jnp.where(kv_lens_S > half * MAX_SPLITS, 1 << power, size_S)
     return size_S
+
+
+def min_split(num_seqs: int) -> int:
+    """Fewest positions in a split. Each costs about a microsecond and its partial result: many
+    sequences fill the device without, a few need them.
+    """
+    for most_seqs, size in ((2, 64), (8, 128), (32, 256)):
+        if num_seqs <= most_seqs:
+            return size
+    return 512
 
 
 def plan_tiles(
