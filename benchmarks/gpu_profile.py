@@ -19,21 +19,44 @@ class KernelTime(NamedTuple):
 def kernel_times(run: Callable[[], Any], calls: int = 3) -> dict[str, KernelTime]:
     """Name -> launches and microseconds on the device over `calls` calls of `run`, which is warm.
 
-    A trace shows kernels one by one: XLA launches them without its graphs while it is profiled.
+    XLA launches the kernels of a graph one by one while it is profiled, unless told otherwise.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready([run() for _ in range(calls)])
-        (path,) = glob.glob(folder + "/**/*.xplane.pb", recursive=True)
-        data = jax.profiler.ProfileData.from_file(path)
     counts: collections.Counter[str] = collections.Counter()
     totals: collections.Counter[str] = collections.Counter()
-    for plane in data.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if line.name.startswith("Stream"):
-                for event in line.events:
-                    counts[event.name] += 1
-                    totals[event.name] += event.duration_ns / 1e3
+    for name, start, end in _events(lambda: jax.block_until_ready([run() for _ in range(calls)])):
+        counts[name] += 1
+        totals[name] += (end - start) / 1e3
     return {name: KernelTime(counts[name], total) for name, total in totals.most_common()}
+
+
+def idle_share(run: Callable[[], Any]) -> float:
+    """Share of the second half of `run` (its decode steps) in which the device computes nothing.
+
+    The executables must have been compiled with `xla_enable_command_buffers_during_profiling`, or
+    the trace shows the gaps between single launches.
+    """
+    spans = sorted((start, end) for _, start, end in _events(run))
+    middle = (spans[0][0] + spans[-1][1]) / 2
+    spans = [span for span in spans if span[0] >= middle]
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - spans[0][0])
+
+
+def _events(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
+    """(name, start, end) in nanoseconds of everything that ran on the device."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (path,) = glob.glob(folder + "/**/*.xplane.pb", recursive=True)
+        data = jax.profiler.ProfileData.from_file(path)
+    return [
+        (event.name, event.start_ns, event.start_ns + event.duration_ns)
+        for plane in data.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]

@@ -29,6 +29,7 @@ from jengine.protocol import (
     CoreOutput,
     CoreReady,
     CoreRequest,
+    CoreRequests,
     EngineStats,
     FromCore,
     LogprobsData,
@@ -215,6 +216,9 @@ class EngineCore:
         match message:
             case CoreRequest():
                 self._add(message)
+            case CoreRequests(requests):
+                for request in requests:
+                    self._add(request)
             case AbortRequests(request_ids, reason):
                 aborted = self.scheduler.abort(request_ids, reason)
                 self._report(

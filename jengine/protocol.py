@@ -28,6 +28,14 @@ class CoreRequest(msgspec.Struct, tag="add", array_like=True):
     is_streamed: bool = True  # False: its tokens are wanted at its end, all in one `CoreOutput`
 
 
+class CoreRequests(msgspec.Struct, tag="add_all", array_like=True):
+    """Requests that came together. In one message, or the first step would hold what had arrived by
+    then, and the others would wait for it.
+    """
+
+    requests: list[CoreRequest]
+
+
 class AbortRequests(msgspec.Struct, tag="abort", array_like=True):
     """`reason` is "stop" when the front end found a stop string, else "abort"."""
 
@@ -51,7 +59,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     drain_seconds: float = 0.0
 
 
-ToCore = CoreRequest | AbortRequests | CallUtility | Shutdown
+ToCore = CoreRequest | CoreRequests | AbortRequests | CallUtility | Shutdown
 
 
 class LogprobsData(msgspec.Struct, array_like=True):

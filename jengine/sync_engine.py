@@ -27,6 +27,8 @@ from jengine.protocol import (
     CallUtility,
     CoreDead,
     CoreReady,
+    CoreRequest,
+    CoreRequests,
     EngineStats,
     FromCore,
     StepOutputs,
@@ -151,10 +153,11 @@ class SyncEngine:
                 self._client.send(AbortRequests(running))
 
     def _send_more(self) -> None:
+        together: list[CoreRequest] = []
         while self._unsent:
             num_children = len(self._unsent[0].children)
             if self._num_in_core and self._num_in_core + num_children > self._max_in_core:
-                return
+                break
             prepared = self._unsent.popleft()
             self._outputs.add(prepared)
             self._num_in_core += num_children
@@ -162,7 +165,9 @@ class SyncEngine:
                 # Nobody reads before the end, and per-step messages would cost the core's thread
                 # the interpreter lock. Only a stop string is looked for in every token.
                 child.is_streamed = bool(child.sampling.stop_strings)
-                self._client.send(child)
+                together.append(child)
+        if together:
+            self._client.send(CoreRequests(together))
 
     def _wait_for(self, get: Callable[[], T | None]) -> T:
         while (value := get()) is None:

@@ -23,7 +23,7 @@ from jengine.errors import (
     ModelNotFoundError,
     UnsupportedError,
 )
-from jengine.protocol import CoreRequest
+from jengine.protocol import CoreRequests
 from jengine.request import RequestOutputKind
 from tests.oracles.echo_core import FACTORY, make_echo_model
 
@@ -57,7 +57,8 @@ def test_the_core_reports_at_the_end_unless_a_stop_string_is_looked_for(
     params = [GREEDY, GREEDY.clone(stop="d"), GREEDY.clone(logprobs=1)]
     outputs = llm.generate(["abcd"] * 3, params, use_tqdm=False)
     assert texts(outputs) == ["abcd", "abc", "abcd"]
-    assert [m.is_streamed for m in sent if isinstance(m, CoreRequest)] == [False, True, False]
+    (together,) = [m for m in sent if isinstance(m, CoreRequests)]  # one message, one first step
+    assert [request.is_streamed for request in together.requests] == [False, True, False]
 
 
 def texts(outputs: list[jengine.RequestOutput]) -> list[str]:

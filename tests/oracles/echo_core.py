@@ -26,6 +26,7 @@ from jengine.protocol import (
     CoreOutput,
     CoreReady,
     CoreRequest,
+    CoreRequests,
     EngineStats,
     FromCore,
     LogprobsData,
@@ -150,6 +151,9 @@ class EchoCore:
                     self._tell([output])
                 else:
                     self._running[message.request_id] = Running(message)
+            case CoreRequests(requests):
+                for request in requests:
+                    self._handle(request)
             case AbortRequests(request_ids=request_ids, reason=reason):
                 self.aborted += [(i, reason) for i in request_ids]
                 for request_id in request_ids:

@@ -19,7 +19,7 @@ def test_default_table() -> None:
     scheduler = SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=1024)
     assert [str(b) for b in build_buckets(CompileConfig(), scheduler)] == [
         "1x1", "2x2", "4x4", "8x8", "16x16", "32x32", "64x64",
-        "256x4", "256x64", "1024x4", "1024x64",
+        "256x8", "256x64", "1024x8", "1024x64",
     ]  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def test_fine_ladder_has_small_prompts() -> None:
     scheduler = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=2048)
     mixed = [str(b) for b in build_buckets(CompileConfig(), scheduler, growth=2) if not b.is_decode]
     assert mixed == [
-        "64x4", "128x4", "256x4", "512x4", "512x256", "1024x4", "1024x256", "2048x4", "2048x256",
+        "64x8", "128x8", "256x8", "512x8", "512x256", "1024x8", "1024x256", "2048x8", "2048x256",
     ]  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_what_is_prepared_first() -> None:
     assert [str(b) for b in essential_buckets(buckets)] == ["1024x16", "16x16", "1x1"]
     assert [str(b) for b in preparation_order(buckets)] == [
         "1024x16", "16x16", "1x1",
-        "64x4", "64x16", "256x4", "256x16", "1024x4", "2x2", "4x4", "8x8",
+        "64x8", "64x16", "256x8", "256x16", "1024x8", "2x2", "4x4", "8x8",
     ]  # fmt: skip
     one = build_buckets(CompileConfig(), SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=1))
     assert [str(b) for b in essential_buckets(one)] == ["2x1", "1x1"]
