@@ -257,8 +257,12 @@ def _measured(
         return [ExecutableMemory(**figures) for figures in known["programs"]]
     options = xla_options.measuring_options(device.platform, xla_flags())
     lowered = [table.lower(name) for name in names]
+
+    def compile_(lowered: jax.stages.Lowered, name: str) -> jax.stages.Compiled:
+        return lowered.compile(compiler_options=dict(table.options(name, options)))
+
     with ThreadPoolExecutor(len(names)) as pool:
-        compiled = list(pool.map(lambda low: low.compile(compiler_options=dict(options)), lowered))
+        compiled = list(pool.map(compile_, lowered, names))
     measured = [
         memory.executable_memory(executable, table.program(name).input_bytes)
         for executable, name in zip(compiled, names, strict=True)

@@ -79,6 +79,12 @@ class ProgramTable:
             jitted = jax.jit(program.function, out_shardings=program.placement)
         return jitted.lower(*program.arguments)
 
+    def options(self, name: str, options: Options) -> Options:
+        """What to compile it with, where most programs are compiled with `options`."""
+        if (layout := self._layouts_by_name.get(name)) is None:
+            return options
+        return bucket_options(options, layout.num_tokens, layout.num_seqs)
+
     def program(self, name: str) -> Program:
         if name == EMPTY:
             return Program(self._empty_state, (), (), (self.kv, self.rows), 0, self.placement)
@@ -256,10 +262,7 @@ class Programs:
         # Tracing holds the interpreter lock anyway; one trace at a time keeps its caches safe.
         with self._trace_lock:
             lowered = self._table.lower(name)
-        options = self._options
-        for bucket in self._table.layouts:
-            if str(bucket) == name:
-                options = bucket_options(options, bucket.num_tokens, bucket.num_seqs)
+        options = self._table.options(name, self._options)
         compiled = lowered.compile(compiler_options=dict(options))
         self._store.save(name, compiled)
         self._keep(name, compiled, started, was_compiled=True)
