@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jengine.pallas_kernels.platform import require_cuda
 from jengine.pallas_kernels.ragged_paged_attention import mosaic_gpu
 from jengine.pallas_kernels.ragged_paged_attention.work import (
+    MAX_SPLITS,
     Splits,
     Tiles,
     plan_full_tiles,
@@ -220,7 +221,7 @@ def _decode(
         constants={name: constants[name] for name in ("N", "K", "H", "HP", "HAS_SINKS")}
         | {
             "GP": _power_of_two(N // K),
-            "CHUNK": 8,
+            "MAX_SPLITS": MAX_SPLITS,
             "IS_DECODE": prior_TNH is None,
         },
         schedule=Schedule(4, 1),

@@ -166,7 +166,7 @@ def combine_splits(
     H: tl.constexpr,
     HP: tl.constexpr,
     GP: tl.constexpr,
-    CHUNK: tl.constexpr,  # splits that are read at once
+    MAX_SPLITS: tl.constexpr,
     IS_DECODE: tl.constexpr,  # rows without work are padding, and become zero
     HAS_SINKS: tl.constexpr,
 ):
@@ -183,27 +183,20 @@ def combine_splits(
     token = sequence if IS_DECODE else tl.load(token_ptr + sequence)
     out_offsets = (token * N + heads)[:, None] * H + offsets_h[None, :]
     if num_splits > 1:
-        top = tl.full([GP], NEVER, tl.float32)
+        splits = tl.arange(0, MAX_SPLITS)
+        at = (first + splits)[:, None] * N + heads[None, :]
+        is_split = (splits < num_splits)[:, None] & (rows < G)[None, :]
+        top = tl.max(tl.load(top_ptr + at, mask=is_split, other=NEVER), 0)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, HP], tl.float32)
-        for start in range(0, num_splits, CHUNK):
-            splits = start + tl.arange(0, CHUNK)
-            is_split = splits < num_splits
-            at = (first + splits)[:, None] * N + heads[None, :]
-            in_chunk = is_split[:, None] & (rows < G)[None, :]
-            tops = tl.load(top_ptr + at, mask=in_chunk, other=NEVER)
-            totals = tl.load(total_ptr + at, mask=in_chunk, other=0.0)
-            accs = tl.load(
-                acc_ptr + at[:, :, None] * H + offsets_h[None, None, :],
-                mask=is_split[:, None, None] & in_tile[None, :, :],
-                other=0.0,
+        for split in range(num_splits):
+            partial = (first + split) * N + heads
+            weight = tl.exp2(tl.load(top_ptr + partial, mask=rows < G, other=NEVER) - top)
+            total += tl.load(total_ptr + partial, mask=rows < G, other=0.0) * weight
+            part = tl.load(
+                acc_ptr + partial[:, None] * H + offsets_h[None, :], mask=in_tile, other=0.0
             )
-            new_top = tl.maximum(top, tl.max(tops, 0))
-            decay = tl.exp2(top - new_top)
-            weights = tl.exp2(tops - new_top[None, :])
-            total = total * decay + tl.sum(totals * weights, 0)
-            acc = acc * decay[:, None] + tl.sum(accs * weights[:, :, None], 0)
-            top = new_top
+            acc += part * weight[:, None]
         sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else top
         out = finish(top, total, acc, sink, HAS_SINKS)
         tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)

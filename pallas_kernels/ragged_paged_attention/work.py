@@ -74,10 +74,7 @@ def min_split(num_seqs: int) -> int:
     """Fewest positions in a split. Each costs about a microsecond and its partial result: many
     sequences fill the device without, a few need them.
     """
-    for most_seqs, size in ((2, 64), (8, 128), (32, 256)):
-        if num_seqs <= most_seqs:
-            return size
-    return 512
+    return 256 if num_seqs <= 32 else 512
 
 
 def plan_tiles(
