@@ -44,4 +44,6 @@ def attend_full_tiles(
     P, B, _, K, H = kv_pages_PB2KH.shape
     shape = Shape(q_TNH.shape[1], K, H, B, tiles.items.shape[0], scale)
     rows = kv_pages_PB2KH.reshape(P * B, 2 * K, H)
-    return attend_tiles(q_TNH, rows, page_table_SM, tiles.items.reshape(-1), tiles.count, shape)
+    # The last block of a context may reach past the table's end.
+    table_SM = jnp.pad(page_table_SM, ((0, 0), (0, BLOCK // B)))
+    return attend_tiles(q_TNH, rows, table_SM, tiles.items.reshape(-1), tiles.count, shape)

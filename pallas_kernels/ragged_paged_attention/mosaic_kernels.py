@@ -37,7 +37,7 @@ class Shape:
 def attend_tiles(
     q_TNH: jax.Array,
     kv_rows: jax.Array,  # [P * B, 2 K, H]
-    page_table_SM: jax.Array,
+    page_table_SM: jax.Array,  # with a block of entries to spare
     tiles: jax.Array,  # i32[W * 4]: sequence, first token, its position, context length
     num_tiles: jax.Array,  # i32[1]
     shape: Shape,
@@ -164,6 +164,12 @@ def _bring(kv_ref, table_ref, buffers, numbers, shape: Shape) -> None:
                     ready.at[slot],
                 )
 
+    # Buffers outlive whoever reads them: see the last ones free.
+    @pl.loop(0, jnp.minimum(num_blocks, STAGES))
+    def _(slot):
+        plgpu.barrier_wait(k_free.at[slot])
+        plgpu.barrier_wait(v_free.at[slot])
+
 
 def _attend(q_ref, out_ref, q_smem, shared, numbers, shape: Shape) -> None:
     """A multiplying warpgroup: one head's queries against all blocks."""
@@ -215,14 +221,12 @@ def _attend(q_ref, out_ref, q_smem, shared, numbers, shape: Shape) -> None:
             _clear_rest(v_smem.at[slot], block * BLOCK, kv_len, H)
         plgpu.barrier_wait(turn)
 
-        def values(ref):
-            plgpu.wgmma(ref, p_half, v_smem.at[slot])
-
+        def next_keys() -> None:
             @pl.when(block + 1 < num_blocks)
             def _():
                 plgpu.barrier_wait(k_ready.at[lax.rem(block + 1, jnp.int32(STAGES))])
 
-        acc = pl.run_state(values)(plgpu.ACC.init(acc))
+        acc = add_product(acc, p_half, v_smem.at[slot], meanwhile=next_keys)
         plgpu.barrier_arrive(v_free.at[slot])
         return acc, new_top, total
 
@@ -233,6 +237,16 @@ def _attend(q_ref, out_ref, q_smem, shared, numbers, shape: Shape) -> None:
     pl.when(wg == 0)(take_turns)
     acc /= lax.broadcast_in_dim(total, acc.shape, [0])
     out_ref[...] = acc.astype(dtype)
+
+
+def add_product(acc, p, v_smem, meanwhile):
+    """`acc + p @ v`; `meanwhile` runs while the tensor cores do."""
+
+    def multiply(ref):
+        plgpu.wgmma(ref, p, v_smem)
+        meanwhile()
+
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
 def _clear_rest(v_smem, first, kv_len, H: int) -> None:

@@ -1,9 +1,6 @@
-"""`rotate_and_write` against float64 numpy, its Triton kernel in Triton's interpreter."""
+"""`rotate_and_write` against float64 numpy."""
 
-import importlib.util
-import subprocess
-import sys
-from collections.abc import Callable
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +13,19 @@ from jengine.pallas_kernels.rotate_and_write.cases import CASES, Case
 EPS = 1e-6
 # One for each stage that rounds: norm, scale, rotation, store.
 ROUNDINGS = 4
+INTERPRETED = CASES
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference(case: Case) -> None:
-    check(reference.rotate_and_write, case)
+    check(reference, case)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_triton_kernel_interpreted() -> None:
-    """In a process of its own: Triton decides when it is imported whether it interprets."""
-    module = "tests.pallas_kernels.interpreted_rotate_and_write"
-    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["ok"] * len(CASES)
-
-
-def check(operation: Callable[..., tuple[jax.Array, jax.Array]], case: Case) -> None:
+def check(backend: ModuleType, case: Case) -> None:
     given = case.build()
     qkv, pages = given.qkv_TXH.astype(case.dtype), given.kv_pages_PB2KH.astype(case.page_dtype)
     norms = None if given.norms_2H is None else given.norms_2H.astype(case.dtype)
-    run = jax.jit(operation, static_argnames="eps", donate_argnums=3)
+    run = jax.jit(backend.rotate_and_write, static_argnames="eps", donate_argnums=3)
     q, new_pages = run(
         qkv, given.cos_TR, given.sin_TR, jnp.asarray(pages), given.slots_T,
         np.int32(case.num_tokens), eps=EPS,

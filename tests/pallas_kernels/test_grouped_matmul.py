@@ -1,0 +1,134 @@
+"""`expert_mlp` against float64, its tiles, and the independence of a row's bits from its batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jengine.pallas_kernels import native
+from jengine.pallas_kernels.grouped_matmul import reference
+from jengine.pallas_kernels.grouped_matmul.cases import CASES, Case
+from jengine.pallas_kernels.grouped_matmul.tiles import build_tiles, tile_rows
+from jengine.pallas_kernels.linear import cpu_ffi
+from jengine.pallas_kernels.linear import reference as linear_reference
+from jengine.pallas_kernels.silu_mul import reference as silu_reference
+
+EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
+
+
+@pytest.fixture(params=["xla", "native"])
+def expert_mlp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """The loop over XLA's dots, and over the C++ `linear`."""
+    if request.param == "xla":
+        monkeypatch.setattr(reference, "linear", linear_reference.linear)
+        monkeypatch.setattr(reference, "silu_mul", silu_reference.silu_mul)
+    elif not native.is_available():
+        pytest.skip(f"no C++ library: {native.status().reason}")
+    else:
+        monkeypatch.setattr(reference, "linear", cpu_ffi.linear)
+
+    def run(x, *args, num_tokens=None):
+        num_tokens = jnp.int32(len(x) if num_tokens is None else num_tokens)
+        # A function object of its own: jit keeps traces by it, and the patches are not in its key.
+        call = jax.jit(lambda *a, num_tokens: reference.expert_mlp(*a, num_tokens=num_tokens))
+        return np.asarray(call(x, *args, num_tokens=num_tokens))
+
+    return run
+
+
+def arguments(case: Case, seed: int = 0) -> tuple[np.ndarray, ...]:
+    x, ids, weights, gate_up, down = case.build(seed)
+    return x.astype(case.dtype), ids, weights, gate_up.astype(case.dtype), down.astype(case.dtype)
+
+
+def float64(x, ids, weights, gate_up, down) -> np.ndarray:
+    """Token by token, expert by expert."""
+    x, weights, gate_up, down = (a.astype(np.float64) for a in (x, weights, gate_up, down))
+    out = np.zeros(x.shape)
+    for t in range(len(x)):
+        for e, weight in zip(ids[t], weights[t], strict=True):
+            gate, up = np.split(gate_up[e] @ x[t], 2)
+            out[t] += weight * (down[e] @ (gate / (1 + np.exp(-gate)) * up))
+    return out
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_float64(expert_mlp: Callable, case: Case) -> None:
+    args = arguments(case)
+    out = expert_mlp(*args)
+    assert out.dtype == case.dtype
+    # Gate, up and their product are of size one and rounded once each, the rest is float32.
+    tolerance = 3 * EPS[case.dtype] * case.top_k**0.5 + 8 * EPS["float32"] * case.embed
+    expected = float64(*args)
+    assert np.abs(out.astype(np.float64) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_bits_of_a_row_do_not_depend_on_the_batch(
+    expert_mlp: Callable, dtype: str, top_k: int
+) -> None:
+    x, ids, weights, gate_up, down = arguments(Case(128, top_k, 16, 576, 192, dtype))
+    whole = expert_mlp(x, ids, weights, gate_up, down)
+    for rows in (1, 2, 3, 7, 16, 31, 100):
+        for first in (0, 128 - rows):
+            cut = slice(first, first + rows)
+            part = expert_mlp(x[cut], ids[cut], weights[cut], gate_up, down)
+            np.testing.assert_array_equal(part, whole[cut], err_msg=f"{rows} rows from {first}")
+    order = np.random.default_rng(1).permutation(128)
+    shuffled = expert_mlp(x[order], ids[order], weights[order], gate_up, down)
+    np.testing.assert_array_equal(shuffled, whole[order])
+
+
+def test_padding_rows_are_finite_and_touch_nothing(expert_mlp: Callable) -> None:
+    x, ids, weights, gate_up, down = arguments(Case(24, 2, 4))
+    whole = expert_mlp(x, ids, weights, gate_up, down)
+    for num_tokens in (0, 1, 5, 23):
+        unused = np.setdiff1d(np.arange(4), ids[:num_tokens])
+        poisoned = gate_up.copy()
+        poisoned[unused] = np.nan
+        out = expert_mlp(x, ids, weights, poisoned, down, num_tokens=num_tokens)
+        np.testing.assert_array_equal(out[:num_tokens], whole[:num_tokens])
+        assert np.isfinite(out.astype(np.float32)).all()
+
+
+def test_a_row_that_is_not_finite_stays_alone(expert_mlp: Callable) -> None:
+    x, ids, weights, gate_up, down = arguments(Case(9, 2, 4, dtype="float32"))
+    whole = expert_mlp(x, ids, weights, gate_up, down)
+    x[4] = np.nan
+    out = expert_mlp(x, ids, weights, gate_up, down, num_tokens=8)
+    others = [0, 1, 2, 3, 5, 6, 7]
+    np.testing.assert_array_equal(out[others], whole[others])
+    assert np.isnan(out[4]).all() and np.isfinite(out[8]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tiles_cover_every_pair_once(case: Case, rows: int) -> None:
+    _, ids, *_ = case.build()
+    for num_tokens in {case.tokens, case.tokens // 2, 0}:
+        tiles = build_tiles(ids, case.experts, rows, jnp.int32(num_tokens))
+        used = int(tiles.num_tiles)
+        assert used <= len(tiles.expert_G)
+        tables = zip(tiles.expert_G, tiles.start_G, tiles.stop_G, strict=True)
+        pairs, end = [], 0
+        for expert, start, stop in list(tables)[:used]:
+            assert start == end and 0 < stop - start <= rows
+            pairs += [(int(expert), int(tiles.token_M[m])) for m in range(start, stop)]
+            end = stop
+        assert pairs == sorted((e, t) for t in range(num_tokens) for e in ids[t].tolist())
+        assert all(
+            pairs[tiles.rank_Tk[t, j]] == (ids[t, j], t)
+            for t in range(num_tokens)
+            for j in range(case.top_k)
+        )
+
+
+def test_the_loop_runs_once_for_each_expert_touched() -> None:
+    """At few tokens a tile holds all that an expert gets."""
+    for touched in (2, 3, 9, 16):
+        _, ids, *_ = Case(8, 2, 16, touched=touched).build()
+        tiles = build_tiles(ids, 16, tile_rows(8, 2, 16), jnp.int32(8))
+        assert int(tiles.num_tiles) == len(np.unique(ids))

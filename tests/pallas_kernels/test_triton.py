@@ -1,0 +1,21 @@
+"""Triton kernels in Triton's interpreter, against the oracles of their operations."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("operation", ["ragged_paged_attention", "rms_norm", "rotate_and_write"])
+def test_interpreted(operation: str) -> None:
+    cases = importlib.import_module(f"tests.pallas_kernels.test_{operation}").INTERPRETED
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.pallas_kernels.interpreted", operation],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["ok"] * len(cases)
