@@ -128,7 +128,7 @@ def _tile_body(
             kv_ref,
             table_ref.at[sequence],
             (k_smem, v_smem, k_ready, v_ready, k_free, v_free),
-            (kv_head, kv_len, num_blocks),
+            (kv_head, num_blocks),
             shape,
         )
 
@@ -136,18 +136,14 @@ def _tile_body(
 def _bring(kv_ref, table_ref, buffers, numbers, shape: Shape) -> None:
     """The copying warpgroup: blocks of keys and values, each as soon as its buffer is free."""
     k_smem, v_smem, k_ready, v_ready, k_free, v_free = buffers
-    kv_head, kv_len, num_blocks = numbers
+    kv_head, num_blocks = numbers
     B = shape.page_size
 
     @pl.loop(0, num_blocks)
     def _(block):
         slot = lax.rem(block, jnp.int32(STAGES))
-        rows = []
-        for i in range(BLOCK // B):
-            at = block * BLOCK + i * B
-            # A page past the end is outside of the array: the copy engine writes zeros.
-            page = table_ref[lax.div(at, jnp.int32(B))]
-            rows.append(jnp.where(at < kv_len, page * B, kv_ref.shape[0]))
+        # Read before the wait. Entries past the end name some page, whose values are cleared.
+        pages = [table_ref[lax.div(block * BLOCK, jnp.int32(B)) + i] for i in range(BLOCK // B)]
         for smem, ready, free, entry in (
             (k_smem, k_ready, k_free, kv_head),
             (v_smem, v_ready, v_free, kv_head + shape.kv_heads),
@@ -157,9 +153,9 @@ def _bring(kv_ref, table_ref, buffers, numbers, shape: Shape) -> None:
             def _(free=free):
                 plgpu.barrier_wait(free.at[slot])
 
-            for i, row in enumerate(rows):
+            for i, page in enumerate(pages):
                 plgpu.copy_gmem_to_smem(
-                    kv_ref.at[pl.ds(row, B), entry],
+                    kv_ref.at[pl.ds(page * B, B), entry],
                     smem.at[slot, pl.ds(i * B, B)],
                     ready.at[slot],
                 )
