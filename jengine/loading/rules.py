@@ -20,6 +20,7 @@ from jengine.loading.checkpoint import TensorSource
 Placed = TypeVar("Placed")  # a parameter where `put` put it: a jax.Array in the engine
 
 LAYER = "{i}"  # stands for any layer index in a rule's source and target
+EXPERT = "{e}"  # stands for any expert index in a rule's source; its target stacks the experts
 CHUNK_BYTES = (
     8 << 20
 )  # read at once: large enough for full disk speed, small beside any large tensor
@@ -28,7 +29,7 @@ CHUNK_BYTES = (
 @dataclass(frozen=True)
 class WeightRule:
     """`source` fills rows `[offset, offset + shape[0])` of `target`. `{i}` stands for any layer
-    index.
+    index. A source with `{e}` fills those rows of its expert's part of a target [E, rows, ...].
     """
 
     source: str
@@ -55,7 +56,9 @@ class WeightTable:
 
 @dataclass(frozen=True)
 class Fill:
-    """One source, resolved: its name and the rows of a parameter that it fills."""
+    """One source, resolved: its name and the rows of a parameter that it fills. Where experts are
+    stacked, rows are counted through all of them.
+    """
 
     source: str
     target: str
@@ -87,7 +90,8 @@ def load_parameters(
         if info.init != "normal":
             value[...] = 1 if info.init == "ones" else 0
         for fill in plan.get(path, ()):
-            _read_into(tensors, fill, value[fill.start : fill.stop])
+            rows = value.reshape(rows_shape(info.shape, fill.rule))  # a view
+            _read_into(tensors, fill, rows[fill.start : fill.stop])
         parameters[path] = put(path, value)
         del value  # else this one would still be alive while the next is allocated
         done += info.num_bytes
@@ -103,7 +107,7 @@ def plan_fills(
     """
     names = list(tensors.names())
     plan: dict[str, list[Fill]] = {path: [] for path in abstract}
-    for name, rule, layer in _match(names, table):
+    for name, rule, layer, expert in _match(names, table):
         target = rule.target.replace(LAYER, layer)
         if target not in abstract:
             raise LoadError(
@@ -113,8 +117,10 @@ def plan_fills(
             raise LoadError(
                 f"tensor {name!r} has shape {tensors.shape(name)}, expected {rule.shape}"
             )
-        _check_fits(name, rule, target, abstract[target].shape)
-        plan[target].append(Fill(name, target, rule.offset, rule.offset + rule.shape[0], rule))
+        shape = abstract[target].shape
+        _check_fits(name, rule, target, shape, expert)
+        start = rule.offset + (int(expert) * shape[1] if expert else 0)
+        plan[target].append(Fill(name, target, start, start + rule.shape[0], rule))
     _check_nothing_missing(set(names), table.rules, abstract)
     for path, fills in plan.items():
         fills.sort(key=lambda fill: fill.start)
@@ -122,29 +128,51 @@ def plan_fills(
     return plan
 
 
-def _match(names: Iterable[str], table: WeightTable) -> Iterable[tuple[str, WeightRule, str]]:
-    """(source, its only rule, layer index) of every source that is not ignored."""
+def rows_shape(shape: tuple[int, ...], rule: WeightRule) -> tuple[int, ...]:
+    """A parameter's shape as `rule` counts its rows: those of stacked experts one after another."""
+    return (shape[0] * shape[1], *shape[2:]) if EXPERT in rule.source else shape
+
+
+def _match(names: Iterable[str], table: WeightTable) -> Iterable[tuple[str, WeightRule, str, str]]:
+    """(source, its only rule, layer index, expert index) of every source that is not ignored; an
+    index is empty where the rule has none.
+    """
     exact: dict[str, list[WeightRule]] = {}
     patterns: list[tuple[re.Pattern[str], WeightRule]] = []
     for rule in table.rules:
         if LAYER in rule.source:
-            pattern = re.escape(rule.source).replace(re.escape(LAYER), r"(0|[1-9]\d*)", 1)
+            pattern = re.escape(rule.source)
+            for group, index in (("layer", LAYER), ("expert", EXPERT)):
+                pattern = pattern.replace(re.escape(index), rf"(?P<{group}>0|[1-9]\d*)", 1)
             patterns.append((re.compile(pattern), rule))
         else:
             exact.setdefault(rule.source, []).append(rule)
     for name in names:
-        found = [(rule, "") for rule in exact.get(name, ())]
-        found += [(rule, m[1]) for pattern, rule in patterns if (m := pattern.fullmatch(name))]
+        found: list[tuple[WeightRule, dict[str, str]]] = [
+            (rule, {}) for rule in exact.get(name, ())
+        ]
+        found += [
+            (rule, m.groupdict()) for pattern, rule in patterns if (m := pattern.fullmatch(name))
+        ]
         if len(found) > 1:
             raise LoadError(f"tensor {name!r} is matched by {len(found)} rules")
         if found:
-            rule, layer = found[0]
-            yield name, rule, layer
+            rule, indices = found[0]
+            yield name, rule, indices.get("layer", ""), indices.get("expert", "")
         elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in table.ignored):
             raise LoadError(f"tensor {name!r} of the checkpoint is matched by no rule")
 
 
-def _check_fits(name: str, rule: WeightRule, target: str, shape: tuple[int, ...]) -> None:
+def _check_fits(
+    name: str, rule: WeightRule, target: str, shape: tuple[int, ...], expert: str
+) -> None:
+    if expert:
+        if int(expert) >= shape[0]:
+            raise LoadError(
+                f"tensor {name!r} belongs to an expert that parameter {target!r} of shape {shape} "
+                f"does not have"
+            )
+        shape = shape[1:]
     if rule.shape[1:] != shape[1:] or rule.offset + rule.shape[0] > shape[0]:
         raise LoadError(
             f"tensor {name!r} of shape {rule.shape} does not fit into rows {rule.offset}: of "
@@ -159,10 +187,12 @@ def _check_nothing_missing(
         if rule.optional:
             continue
         for layer in _layers_of(rule, abstract):
-            source = rule.source.replace(LAYER, layer)
-            if source not in names:
-                target = rule.target.replace(LAYER, layer)
-                raise LoadError(f"tensor {source!r} is missing: parameter {target!r} needs it")
+            target = rule.target.replace(LAYER, layer)
+            num_experts = abstract[target].shape[0] if EXPERT in rule.source else 1
+            for expert in range(num_experts):
+                source = rule.source.replace(LAYER, layer).replace(EXPERT, str(expert))
+                if source not in names:
+                    raise LoadError(f"tensor {source!r} is missing: parameter {target!r} needs it")
 
 
 def _layers_of(rule: WeightRule, abstract: Mapping[str, ParamInfo]) -> list[str]:
@@ -186,6 +216,7 @@ def _check_rows(
     """Every row filled once. Gaps are allowed where the rule is optional and the initial value is a
     constant.
     """
+    num_rows = rows_shape(info.shape, fills[0].rule)[0] if fills else info.shape[0]
     end = 0
     for fill in fills:
         if fill.start < end:
@@ -197,8 +228,8 @@ def _check_rows(
         if fill.start > end:
             _check_gap(path, end, fill.start, info, rules)
         end = fill.stop
-    if end < info.shape[0]:
-        _check_gap(path, end, info.shape[0], info, rules)
+    if end < num_rows:
+        _check_gap(path, end, num_rows, info, rules)
 
 
 def _check_gap(

@@ -78,6 +78,47 @@ def test_transform_sees_the_whole_source() -> None:
     np.testing.assert_array_equal(loaded["embed"], EMBED[::-1])
 
 
+EXPERTS = {
+    f"l.{i}.experts.{e}.{name}": RNG.standard_normal((rows, 4)).astype(np.float32)
+    for i in (0, 1)
+    for e in range(11)  # ten comes after nine, not after one
+    for name, rows in (("gate", 3), ("up", 3))
+}
+EXPERT_TABLE = WeightTable(
+    (
+        WeightRule("l.{i}.experts.{e}.gate", "layers.{i}.gate_up", (3, 4)),
+        WeightRule(
+            "l.{i}.experts.{e}.up", "layers.{i}.gate_up", (3, 4), 3, transform=lambda x: x[::-1]
+        ),
+    )
+)
+STACKED = {"layers.0.gate_up": info(11, 6, 4), "layers.1.gate_up": info(11, 6, 4)}
+
+
+def test_experts_are_stacked() -> None:
+    loaded = load(EXPERTS, EXPERT_TABLE, STACKED)
+    for i in (0, 1):
+        for e in range(11):
+            gate, up = (EXPERTS[f"l.{i}.experts.{e}.{name}"] for name in ("gate", "up"))
+            got = loaded[f"layers.{i}.gate_up"][e]
+            np.testing.assert_array_equal(got, np.concatenate([gate, up[::-1]]))
+
+
+def test_experts_that_do_not_fit_are_refused_by_name() -> None:
+    def refused(message: str, tensors=EXPERTS, abstract=STACKED, table=EXPERT_TABLE) -> None:
+        with pytest.raises(LoadError, match=re.escape(message)):
+            load(tensors, table, abstract)
+
+    lacking = {name: value for name, value in EXPERTS.items() if name != "l.1.experts.10.up"}
+    refused("tensor 'l.1.experts.10.up' is missing: parameter 'layers.1.gate_up'", lacking)
+    one_more = {**EXPERTS, "l.0.experts.11.up": EXPERTS["l.0.experts.0.up"]}
+    refused("tensor 'l.0.experts.11.up' belongs to an expert that parameter", one_more)
+    narrow = {name: info(11, 5, 4) for name in STACKED}
+    refused("experts.0.up' of shape (3, 4) does not fit into rows 3:", abstract=narrow)
+    wide = {name: info(11, 7, 4) for name in STACKED}
+    refused("no tensor of the checkpoint fills rows 6:7 of parameter 'layers.0", abstract=wide)
+
+
 def test_large_sources_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "CHUNK_BYTES", 3 * 4 * 4)  # three rows of four float32
     source = DictSource(TENSORS)

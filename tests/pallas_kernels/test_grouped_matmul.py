@@ -29,10 +29,11 @@ def expert_mlp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     else:
         monkeypatch.setattr(reference, "linear", cpu_ffi.linear)
 
+    # A function object of its own: jit keeps traces by it, and the patches are not in its key.
+    call = jax.jit(lambda *args, num_tokens: reference.expert_mlp(*args, num_tokens=num_tokens))
+
     def run(x, *args, num_tokens=None):
         num_tokens = jnp.int32(len(x) if num_tokens is None else num_tokens)
-        # A function object of its own: jit keeps traces by it, and the patches are not in its key.
-        call = jax.jit(lambda *a, num_tokens: reference.expert_mlp(*a, num_tokens=num_tokens))
         return np.asarray(call(x, *args, num_tokens=num_tokens))
 
     return run
@@ -108,8 +109,9 @@ def test_a_row_that_is_not_finite_stays_alone(expert_mlp: Callable) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_tiles_cover_every_pair_once(case: Case, rows: int) -> None:
     _, ids, *_ = case.build()
+    build = jax.jit(build_tiles, static_argnums=(1, 2))
     for num_tokens in {case.tokens, case.tokens // 2, 0}:
-        tiles = build_tiles(ids, case.experts, rows, jnp.int32(num_tokens))
+        tiles = jax.tree.map(np.asarray, build(ids, case.experts, rows, jnp.int32(num_tokens)))
         used = int(tiles.num_tiles)
         assert used <= len(tiles.expert_G)
         tables = zip(tiles.expert_G, tiles.start_G, tiles.stop_G, strict=True)

@@ -1,0 +1,5 @@
+"""Matmuls of tokens with the weights of the expert that each was routed to."""
+
+from jengine.pallas_kernels.grouped_matmul.api import expert_mlp
+
+__all__ = ["expert_mlp"]

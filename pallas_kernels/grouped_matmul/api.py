@@ -1,0 +1,31 @@
+"""`expert_mlp`: the routed experts of a mixture, each a SwiGLU MLP of its own."""
+
+import jax
+
+from jengine.pallas_kernels.dispatch import first_of
+from jengine.pallas_kernels.grouped_matmul import reference
+
+_expert_mlp = first_of(reference.expert_mlp)
+
+
+def expert_mlp(
+    x_TD: jax.Array,
+    expert_ids_Tk: jax.Array,
+    weights_Tk: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    *,
+    num_tokens: jax.Array,
+) -> jax.Array:
+    """Return [T, D]: for each token the sum over its k experts, in the order given, of weight times
+    `silu_mul(x @ gate_up[e].T) @ down[e].T`.
+
+    `gate_up` is [E, 2 F, D], gate above up; `weights` are float32; the experts of one token are
+    distinct. The product of gate and up is rounded to the dtype of `x`; the rest is float32 until
+    the end. Rows at or past `num_tokens` are padding: finite, otherwise unspecified, and they touch
+    no expert. The bits of a row depend on that row, its experts and their weights only. The time
+    grows with the experts touched.
+    """
+    return _expert_mlp(
+        x_TD, expert_ids_Tk, weights_Tk, gate_up_EFD, down_EDF, num_tokens=num_tokens
+    )

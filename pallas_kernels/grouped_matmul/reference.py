@@ -1,0 +1,54 @@
+"""Plain-JAX `expert_mlp`: a loop over the tiles in use, and so over the experts touched."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jengine.pallas_kernels.grouped_matmul.tiles import build_tiles, tile_rows
+from jengine.pallas_kernels.linear.api import linear
+from jengine.pallas_kernels.silu_mul.api import silu_mul
+
+
+def expert_mlp(
+    x_TD: jax.Array,
+    expert_ids_Tk: jax.Array,
+    weights_Tk: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    *,
+    num_tokens: jax.Array,
+) -> jax.Array:
+    (T, k), E = expert_ids_Tk.shape, gate_up_EFD.shape[0]
+    B = tile_rows(T, k, E)
+    tiles = build_tiles(expert_ids_Tk, E, B, num_tokens)
+    token = jnp.pad(tiles.token_M, (0, B))  # the last tile may read past the end
+
+    def run_tile(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tile, y_MD = carry
+        start = tiles.start_G[tile]
+        rows = tiles.stop_G[tile] - start
+        expert = tiles.expert_G[tile]
+        x_BD = x_TD[lax.dynamic_slice(token, (start,), (B,))]
+        gate_up_BF = linear(x_BD, _of_expert(gate_up_EFD, expert), num_tokens=rows)
+        y_BD = linear(
+            silu_mul(gate_up_BF, num_tokens=rows),
+            _of_expert(down_EDF, expert),
+            num_tokens=rows,
+            out_dtype=jnp.float32,
+        )
+        # Rows past this tile's last belong to the tiles after it, which overwrite them.
+        return tile + 1, lax.dynamic_update_slice(y_MD, y_BD, (start, jnp.zeros_like(start)))
+
+    y_MD = jnp.zeros((T * k + B, x_TD.shape[1]), jnp.float32)
+    _, y_MD = lax.while_loop(
+        lambda carry: carry[0] < tiles.num_tiles, run_tile, (jnp.zeros((), jnp.int32), y_MD)
+    )
+    out_TD = weights_Tk[:, :1] * y_MD[tiles.rank_Tk[:, 0]]
+    for j in range(1, k):  # spelled out: a reduction's order is XLA's to choose
+        out_TD = out_TD + weights_Tk[:, j : j + 1] * y_MD[tiles.rank_Tk[:, j]]
+    is_real_T = jnp.arange(T, dtype=jnp.int32) < num_tokens
+    return jnp.where(is_real_T[:, None], out_TD, 0.0).astype(x_TD.dtype)
+
+
+def _of_expert(weights: jax.Array, expert: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(weights, expert, keepdims=False)

@@ -1,0 +1,54 @@
+"""Routing against float64, and the independence of a row's bits from its batch."""
+
+import jax
+import numpy as np
+import pytest
+
+from jengine.layers.moe import route
+
+SIZES = ((1, 1), (2, 1), (8, 2), (60, 4), (128, 8), (129, 3))
+
+
+def call(logits: np.ndarray, top_k: int, renormalise: bool) -> tuple[np.ndarray, np.ndarray]:
+    routed = jax.jit(route, static_argnames=("top_k", "renormalise"))
+    ids, weights = routed(logits, top_k, renormalise=renormalise)
+    return np.asarray(ids), np.asarray(weights)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(("experts", "top_k"), SIZES)
+def test_equals_float64(experts: int, top_k: int, renormalise: bool) -> None:
+    logits = 3 * np.random.default_rng(0).standard_normal((33, experts), np.float32)
+    logits[5] -= 200.0  # far from zero: no overflow, no division by zero
+    logits[6] += 200.0
+    ids, weights = call(logits, top_k, renormalise)
+    exact = logits.astype(np.float64)
+    expected_ids = np.argsort(-exact, axis=1, kind="stable")[:, :top_k]
+    exact = np.exp(exact - exact.max(axis=1, keepdims=True))
+    probabilities = np.take_along_axis(
+        exact / exact.sum(axis=1, keepdims=True), expected_ids, axis=1
+    )
+    if renormalise:
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(weights, probabilities, rtol=2e-6)
+
+
+def test_equal_scores_go_to_the_lower_index() -> None:
+    ids, weights = call(np.zeros((3, 8), np.float32), 3, True)
+    np.testing.assert_array_equal(ids, [[0, 1, 2]] * 3)
+    np.testing.assert_allclose(weights, 1 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(("experts", "top_k"), SIZES)
+def test_bits_of_a_row_do_not_depend_on_the_batch(
+    experts: int, top_k: int, renormalise: bool
+) -> None:
+    logits = 3 * np.random.default_rng(1).standard_normal((64, experts), np.float32)
+    whole = call(logits, top_k, renormalise)
+    for rows in (1, 2, 3, 7, 31):
+        for first in (0, 64 - rows):
+            part = call(logits[first : first + rows], top_k, renormalise)
+            for got, expected in zip(part, whole, strict=True):
+                np.testing.assert_array_equal(got, expected[first : first + rows])
