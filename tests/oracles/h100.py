@@ -29,7 +29,7 @@ from jengine.models.registry import resolve_architecture
 from jengine.pallas_kernels.platform import tracing_for
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.step import StepSpec, build_step
-from jengine.runtime.xla_options import compiler_options
+from jengine.runtime.xla_options import bucket_options, compiler_options
 
 TARGET_CONFIG = Path(__file__).with_name("h100_target_config.txtpb")
 PAGE_SIZE, NUM_PAGES = 16, 2048
@@ -115,8 +115,8 @@ def compile_step(
     max_steps: int = 1,
     **options: Any,
 ) -> Program:
-    """The step of one bucket as the engine builds it, over abstract parameters in bfloat16.
-    `options` are the compiler's, beside the engine's own."""
+    """The step of one bucket as the engine builds and compiles it, over abstract parameters in
+    bfloat16. `options` are the compiler's, beside the engine's own."""
     _, model_class = resolve_architecture(config)
     cfg = model_class.config_class.from_hf(
         config, dtype="bfloat16", kv_dtype="bfloat16", max_model_len=MAX_MODEL_LEN
@@ -137,6 +137,7 @@ def compile_step(
     leaves = tuple(_array(p.shape, p.dtype) for p in abstract_parameters(module).values())
     packed = _array((layout.size,), "int32")
     arguments = (leaves, kv_arrays(config), row_state(config), packed)
+    options = bucket_options(compiler_options("cuda"), num_tokens, num_seqs) | options
     return compile_for_h100(build_step(spec, layout), arguments, ("kv", "rows"), folder, **options)
 
 
@@ -178,7 +179,7 @@ def compile_for_h100(
     with tracing_for("cuda"):
         lowered = jax.jit(function, donate_argnames=donated).lower(*placed)
     dump = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-    compiled = lowered.compile(compiler_options={**compiler_options("cuda"), **dump, **options})
+    compiled = lowered.compile(compiler_options={**dump, **options})
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
     return Program(
@@ -202,8 +203,12 @@ def _array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
 
 
 def _read_thunks(folder: Path, hlo: str) -> tuple[Thunk, ...]:
-    """Thunks from the dump: a list indented by nesting, whose copies are named in a second file."""
-    (listing,) = folder.glob("*thunk_sequence_after_thunk_passes.txt")
+    """Thunks from the dump: a list indented by nesting, whose copies are named in a second file.
+    The list after the passes is missing where they changed nothing: without graphs."""
+    (listing, *_) = [
+        *folder.glob("*thunk_sequence_after_thunk_passes.txt"),
+        *folder.glob("*thunk_sequence.txt"),
+    ]
     (metadata,) = folder.glob("*thunk_metadata.txt")
     names: dict[int, str] = {}
     for block in metadata.read_text().split("thunk_metadata {")[1:]:
