@@ -23,7 +23,9 @@ def kernel_times(run: Callable[[], Any], calls: int = 3) -> dict[str, KernelTime
     """
     counts: collections.Counter[str] = collections.Counter()
     totals: collections.Counter[str] = collections.Counter()
-    for name, start, end in _events(lambda: jax.block_until_ready([run() for _ in range(calls)])):
+    for name, start, end in trace_events(
+        lambda: jax.block_until_ready([run() for _ in range(calls)])
+    ):
         counts[name] += 1
         totals[name] += (end - start) / 1e3
     return {name: KernelTime(counts[name], total) for name, total in totals.most_common()}
@@ -35,7 +37,7 @@ def idle_share(run: Callable[[], Any]) -> float:
     The executables must have been compiled with `xla_enable_command_buffers_during_profiling`, or
     the trace shows the gaps between single launches.
     """
-    spans = sorted((start, end) for _, start, end in _events(run))
+    spans = sorted((start, end) for _, start, end in trace_events(run))
     middle = (spans[0][0] + spans[-1][1]) / 2
     spans = [span for span in spans if span[0] >= middle]
     busy, reached = 0.0, spans[0][0]
@@ -45,7 +47,7 @@ def idle_share(run: Callable[[], Any]) -> float:
     return 1 - busy / (reached - spans[0][0])
 
 
-def _events(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
+def trace_events(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
     """(name, start, end) in nanoseconds of everything that ran on the device."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

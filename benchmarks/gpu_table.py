@@ -1,8 +1,8 @@
 """Decode and prefill of a model shape through `LLM.generate`, with dummy weights.
 
-    python -m benchmarks.gpu_table SHAPES.json llama31_8b [--decode 1x1024 ...] [--json FILE]
+    python -m benchmarks.gpu_table llama31_8b [--decode 1x1024 ...] [--json FILE]
 
-`SHAPES.json` maps names to the contents of a config.json. Prefill is the time of the whole batch
+`shapes.json` maps names to the contents of a config.json. Prefill is the time of the whole batch
 for one token each; a decode step is (time for 129 tokens - time for 1) / 128, scheduler and all.
 Best of `--repeats` runs; greedy, token ids in and out, no prefix caching, bfloat16.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu_profile import idle_share
 from jengine import LLM, SamplingParams
 
 STEPS = 128
@@ -26,14 +27,20 @@ PREFILL = ("1x128", "1x1024", "1x8192", "8x2048")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shapes", type=Path)
-    parser.add_argument("name")
+    parser.add_argument("name", help="a shape in the file")
+    parser.add_argument("--shapes", type=Path, default=Path(__file__).with_name("shapes.json"))
     parser.add_argument("--decode", nargs="*", default=DECODE)
     parser.add_argument("--prefill", nargs="*", default=PREFILL)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-model-len", type=int, default=8704)
     parser.add_argument("--max-decode-steps", type=int)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--idle",
+        action="store_true",
+        help="the device's idle share of decode at batch 1; needs XLA_FLAGS="
+        "--xla_enable_command_buffers_during_profiling=true",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = json.loads(options.shapes.read_text())[options.name]
@@ -53,6 +60,10 @@ def main() -> None:
         llm.wait_until_compiled()
         print(f"ready after {ready:.1f} s, all executables {time.perf_counter() - started:.1f} s")
         rows = measure(llm, config["vocab_size"], options)
+        if options.idle:
+            prompts = prompts_of(1, 1024, config["vocab_size"], 9)
+            share = idle_share(lambda: timed(llm, prompts, greedy(STEPS + 1)))
+            print(f"idle share of decode at batch 1: {share:.3f}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
@@ -77,13 +88,15 @@ def best(
     llm: LLM, batch: int, length: int, vocab_size: int, max_tokens: int, repeats: int
 ) -> float:
     """Seconds of the fastest of `repeats` runs, after one to warm up."""
-    params = SamplingParams(
-        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
-    )
     seconds = [
-        timed(llm, prompts_of(batch, length, vocab_size, run), params) for run in range(repeats + 1)
+        timed(llm, prompts_of(batch, length, vocab_size, run), greedy(max_tokens))
+        for run in range(repeats + 1)
     ]
     return min(seconds[1:])
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
 
 
 def prompts_of(batch: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:

@@ -1,0 +1,110 @@
+"""Where a decode step's time goes on a GPU: the engine's step, its host parts, its kernels.
+
+    python -m benchmarks.gpu_step llama31_8b [--batches 1 8 64] [--context 1024]
+
+The step is timed through `LLM.generate` as in `gpu_table.py`; `dispatch` and `collect` are medians
+of the engine thread's calls in the same run. Kernels come from a trace of a further run, in which
+XLA launches them one by one: their sum is what the device works on a step, the rest is waiting.
+"""
+
+import argparse
+import collections
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_profile import trace_events
+from benchmarks.gpu_table import greedy, prompts_of, timed
+from jengine import LLM
+
+STEPS = 64
+TRACED = 12
+MARK = "rotate_heads"  # a kernel that every layer runs once
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", help="a shape in the file")
+    parser.add_argument("--shapes", type=Path, default=Path(__file__).with_name("shapes.json"))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--top", type=int, default=14)
+    options = parser.parse_args()
+    config = json.loads(options.shapes.read_text())[options.name]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        llm = LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=8704,
+            max_num_seqs=256,
+            max_num_batched_tokens=8192,
+            enable_prefix_caching=False,
+            background_compile=False,
+        )
+        for batch in options.batches:
+            measure(llm, batch, options, config)
+
+
+def measure(llm: LLM, batch: int, options: argparse.Namespace, config: dict[str, Any]) -> None:
+    runner = llm._core.runner
+    calls: dict[str, list[float]] = {"dispatch": [], "collect": []}
+    originals = {name: getattr(runner, name) for name in calls}
+    for name, call in originals.items():
+        setattr(runner, name, _recorded(call, calls[name]))
+    prompts = prompts_of(batch, options.context, config["vocab_size"], 9)
+    timed(llm, prompts, greedy(2))
+    one = timed(llm, prompts, greedy(1))
+    for times in calls.values():
+        times.clear()
+    step = (timed(llm, prompts, greedy(STEPS + 1)) - one) / STEPS
+    host = {name: statistics.median(times[-STEPS:]) for name, times in calls.items()}
+    for name, call in originals.items():
+        setattr(runner, name, call)
+    print(
+        f"batch {batch}: step {step * 1e3:.3f} ms, dispatch {host['dispatch'] * 1e3:.3f}, "
+        f"collect {host['collect'] * 1e3:.3f}",
+        flush=True,
+    )
+    events = sorted(
+        trace_events(lambda: timed(llm, prompts, greedy(TRACED + 1))), key=lambda e: e[1]
+    )
+    report_kernels(events, config["num_hidden_layers"], options.top)
+
+
+def report_kernels(events: list[tuple[str, float, float]], layers: int, top: int) -> None:
+    """Of the last steps, told apart by `MARK`: sum and the largest."""
+    marks = [i for i, event in enumerate(events) if event[0] == MARK]
+    steps = TRACED - 4
+    if len(marks) <= layers * (steps + 1):
+        print("    no kernels in the trace")
+        return
+    events = events[marks[-layers * (steps + 1)] : marks[-layers]]
+    totals: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
+    for name, start, end in events:
+        totals[name] += (end - start) / 1e3
+        counts[name] += 1
+    print(f"    kernels {sum(totals.values()) / steps / 1e3:.3f} ms a step")
+    for name, us in totals.most_common(top):
+        per_step = counts[name] / steps
+        print(f"    {us / steps:8.1f} us, {per_step:5.1f} of {us / counts[name]:6.1f}: {name[:60]}")
+
+
+def _recorded(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        started = time.perf_counter()
+        result = call(*args)
+        times.append(time.perf_counter() - started)
+        return result
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
