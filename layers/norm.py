@@ -1,10 +1,14 @@
 """Normalisation with a learned scale."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jengine.layers.param import param
+from jengine.pallas_kernels.linear.api import linear
 from jengine.pallas_kernels.rms_norm.api import rms_norm
+
+MIN_COLUMNS = 8  # of a product that sums rows: see `rms_norm/reference.py`
 
 
 class RMSNorm(nnx.Module):
@@ -17,3 +21,30 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         return rms_norm(x_TD, self.weight[...], eps=self.eps, num_tokens=num_tokens)
+
+
+class WideRMSNorm(RMSNorm):
+    """RMSNorm that rounds once, after the scale, as Hugging Face's Gemma and OLMo 2 do. The scale
+    is float32: Gemma's is 1 + a weight, which bfloat16 would not hold.
+    """
+
+    def __init__(self, dim: int, eps: float, dtype: str, axis: str = "embed") -> None:
+        del dtype
+        super().__init__(dim, eps, "float32", axis)
+
+    def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        return super().__call__(x_TD.astype(jnp.float32), num_tokens).astype(x_TD.dtype)
+
+
+class LayerNorm(WideRMSNorm):
+    """Layer normalisation (arXiv:1607.06450) without a bias: the RMS norm of centred rows."""
+
+    def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        centred_TD = centre(x_TD.astype(jnp.float32), num_tokens)
+        return super().__call__(centred_TD, num_tokens).astype(x_TD.dtype)
+
+
+def centre(x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+    """Float32 rows less their means, which are sums that depend on their own row only."""
+    ones = jnp.ones((MIN_COLUMNS, x_TD.shape[1]), jnp.float32)
+    return x_TD - linear(x_TD, ones, num_tokens=num_tokens)[:, :1] / x_TD.shape[1]

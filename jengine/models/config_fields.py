@@ -31,12 +31,15 @@ class ConfigFields:
         return value
 
     def rope(self) -> tuple[float, Mapping[str, Any] | None]:
-        """(theta, scaling): from `rope_parameters` (transformers 5) or `rope_theta` and
-        `rope_scaling`.
+        """(theta, scaling): from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`
+        and `partial_rotary_factor`.
         """
         parameters = self._hf.get("rope_parameters") or {}
         theta = parameters.get("rope_theta", self._hf.get("rope_theta", 10000.0))
-        return float(theta), parameters or self._hf.get("rope_scaling")
+        scaling = {**(parameters or self._hf.get("rope_scaling") or {})}
+        if (factor := self._hf.get("partial_rotary_factor")) is not None:
+            scaling.setdefault("partial_rotary_factor", factor)
+        return float(theta), scaling
 
     def layer_windows(self, num_layers: int) -> tuple[int | None, ...]:
         """Window of each layer, None for full attention: from `layer_types`, else `sliding_window`
@@ -64,3 +67,11 @@ class ConfigFields:
                     f"config field 'layer_types' has {kind!r}, which is not supported here"
                 )
         return tuple(windows)
+
+
+def periodic_layer_types(num_layers: int, period: int) -> list[str]:
+    """What `layer_types` is where a config.json leaves it out: every `period`-th layer attends
+    fully, the others within a window.
+    """
+    kinds = ("full_attention", "sliding_attention")
+    return [kinds[bool((layer + 1) % period)] for layer in range(num_layers)]

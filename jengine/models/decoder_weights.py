@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jengine.loading.rules import WeightRule
+from jengine.models.decoder_config import DecoderConfig
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -71,9 +72,11 @@ def names_of(dialect: str) -> TensorNames:
     return GGUF_NAMES if dialect == "gguf" else HF_NAMES
 
 
-def weight_rule(source: str, target: str, *shape: int) -> WeightRule:
+def weight_rule(
+    source: str, target: str, *shape: int, transform: Transform | None = None
+) -> WeightRule:
     """The rule of a tensor that fills a whole parameter, such as a norm's."""
-    return WeightRule(source + ".weight", target + ".weight", shape)
+    return WeightRule(source + ".weight", target + ".weight", shape, transform=transform)
 
 
 def linear_rules(
@@ -93,13 +96,66 @@ def linear_rules(
     return rules
 
 
-def undo_rotary_pairs(heads: int, head_dim: int) -> Transform:
-    """For q and k rows as llama.cpp's `llama` architecture stores them: each rotary pair side by
-    side.
+def frame_rules(cfg: DecoderConfig, names: TensorNames) -> list[WeightRule]:
+    """What surrounds attention and MLP: embedding, norms, head."""
+    D = cfg.hidden_size
+    return [
+        *embedding_rules(cfg, names),
+        weight_rule(names.norm, "norm", D),
+        weight_rule(names.input_norm, "layers.{i}.input_layernorm", D),
+        weight_rule(names.post_attention_norm, "layers.{i}.post_attention_layernorm", D),
+    ]
+
+
+def embedding_rules(cfg: DecoderConfig, names: TensorNames) -> list[WeightRule]:
+    """Embedding, and the head where it is not tied."""
+    V, D = cfg.vocab_size, cfg.hidden_size
+    rules = [weight_rule(names.embed, "embed_tokens", V, D)]
+    if not cfg.tie_word_embeddings:
+        rules.append(weight_rule(names.head, "lm_head", V, D))
+    return rules
+
+
+def ignored_tensors(cfg: DecoderConfig, names: TensorNames) -> tuple[str, ...]:
+    """Some files repeat the tied matrix."""
+    return (*names.ignored, names.head + ".weight") if cfg.tie_word_embeddings else names.ignored
+
+
+def attention_rules(
+    cfg: DecoderConfig, names: TensorNames, *, rotary_pairs: bool = False
+) -> list[WeightRule]:
+    """`rotary_pairs`: the checkpoint keeps the two rows that rotate together side by side."""
+    D, H, bias = cfg.hidden_size, cfg.head_dim, cfg.attention_bias
+    N, K = cfg.num_attention_heads, cfg.num_key_value_heads
+    R = 2 * len(cfg.rope.inv_freq)
+    undo_q, undo_k = (undo_rotary_pairs(n, H, R) if rotary_pairs else None for n in (N, K))
+    qkv, o = "layers.{i}.self_attn.qkv_proj", "layers.{i}.self_attn.o_proj"
+    return [
+        *linear_rules(names.q, qkv, N * H, D, bias=bias, transform=undo_q),
+        *linear_rules(names.k, qkv, K * H, D, bias=bias, offset=N * H, transform=undo_k),
+        *linear_rules(names.v, qkv, K * H, D, bias=bias, offset=(N + K) * H),
+        *linear_rules(names.o, o, D, N * H, bias=cfg.attention_out_bias),
+    ]
+
+
+def mlp_rules(cfg: DecoderConfig, names: TensorNames) -> list[WeightRule]:
+    D, F, bias = cfg.hidden_size, cfg.intermediate_size, cfg.mlp_bias
+    gate_up, down = "layers.{i}.mlp.gate_up_proj", "layers.{i}.mlp.down_proj"
+    return [
+        *linear_rules(names.gate, gate_up, F, D, bias=bias),
+        *linear_rules(names.up, gate_up, F, D, bias=bias, offset=F),
+        *linear_rules(names.down, down, D, F, bias=bias),
+    ]
+
+
+def undo_rotary_pairs(heads: int, head_dim: int, rotary_dim: int) -> Transform:
+    """For q and k rows whose rotary pairs lie side by side: the first half of the pairs first, as
+    they rotate here. Rows of a head from `rotary_dim` on do not rotate and stay.
     """
+    order = np.arange(head_dim)
+    order[:rotary_dim] = order[:rotary_dim].reshape(-1, 2).T.reshape(-1)
 
     def transform(rows: np.ndarray) -> np.ndarray:
-        paired = rows.reshape(heads, head_dim // 2, 2, *rows.shape[1:])
-        return paired.swapaxes(1, 2).reshape(rows.shape)
+        return rows.reshape(heads, head_dim, *rows.shape[1:])[:, order].reshape(rows.shape)
 
     return transform

@@ -5,18 +5,17 @@ from typing import Any, Self
 
 from jengine.layers.norm import RMSNorm
 from jengine.loading.rules import WeightRule, WeightTable
-from jengine.models.decoder_weights import TensorNames, names_of, weight_rule
-from jengine.models.llama import (
-    LlamaAttention,
-    LlamaConfig,
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaMLP,
+from jengine.models.decoder_config import DecoderConfig
+from jengine.models.decoder_weights import (
+    TensorNames,
     attention_rules,
     frame_rules,
     ignored_tensors,
     mlp_rules,
+    names_of,
+    weight_rule,
 )
+from jengine.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 
 DEFAULTS = {  # where Qwen3's config.json may be silent and means something else than Llama's
     "head_dim": 128,
@@ -26,8 +25,8 @@ DEFAULTS = {  # where Qwen3's config.json may be silent and means something else
 }
 
 
-class Qwen3Config(LlamaConfig):
-    """Llama's numbers, read with Qwen3's defaults."""
+class Qwen3Config(DecoderConfig):
+    """The shared numbers, read with Qwen3's defaults."""
 
     @classmethod
     def from_hf(
@@ -46,7 +45,7 @@ class Qwen3Attention(LlamaAttention):
     without biases.
     """
 
-    def __init__(self, cfg: LlamaConfig, layer: int) -> None:
+    def __init__(self, cfg: DecoderConfig, layer: int) -> None:
         super().__init__(cfg, layer)
         self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps, cfg.dtype, axis="head_dim")
         self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps, cfg.dtype, axis="head_dim")
@@ -60,11 +59,11 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
     config_class = Qwen3Config
 
     @staticmethod
-    def decoder_layer(cfg: LlamaConfig, layer: int) -> LlamaDecoderLayer:
+    def decoder_layer(cfg: DecoderConfig, layer: int) -> LlamaDecoderLayer:
         return LlamaDecoderLayer(cfg, Qwen3Attention(cfg, layer), LlamaMLP(cfg))
 
     @staticmethod
-    def weight_table(cfg: LlamaConfig, dialect: str) -> WeightTable:
+    def weight_table(cfg: DecoderConfig, dialect: str) -> WeightTable:
         names = names_of(dialect)
         rules = (
             *frame_rules(cfg, names),
@@ -75,7 +74,7 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
         return WeightTable(rules, ignored_tensors(cfg, names))
 
 
-def head_norm_rules(cfg: LlamaConfig, names: TensorNames) -> list[WeightRule]:
+def head_norm_rules(cfg: DecoderConfig, names: TensorNames) -> list[WeightRule]:
     return [
         weight_rule(names.q_norm, "layers.{i}.self_attn.q_norm", cfg.head_dim),
         weight_rule(names.k_norm, "layers.{i}.self_attn.k_norm", cfg.head_dim),

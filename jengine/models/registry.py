@@ -10,7 +10,19 @@ ARCHITECTURES: dict[str, str] = {
     "LlamaForCausalLM": "jengine.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "jengine.models.llama:LlamaForCausalLM",
     "MinistralForCausalLM": "jengine.models.llama:LlamaForCausalLM",
+    "Qwen2ForCausalLM": "jengine.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "jengine.models.qwen3:Qwen3ForCausalLM",
+    "MixtralForCausalLM": "jengine.models.mixtral:MixtralForCausalLM",
+    "Qwen2MoeForCausalLM": "jengine.models.qwen2_moe:Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM": "jengine.models.qwen3_moe:Qwen3MoeForCausalLM",
+    "Gemma2ForCausalLM": "jengine.models.gemma2:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": "jengine.models.gemma3:Gemma3ForCausalLM",
+    "Phi3ForCausalLM": "jengine.models.phi3:Phi3ForCausalLM",
+    "GraniteForCausalLM": "jengine.models.granite:GraniteForCausalLM",
+    "Olmo2ForCausalLM": "jengine.models.olmo2:Olmo2ForCausalLM",
+    "CohereForCausalLM": "jengine.models.cohere:CohereForCausalLM",
+    "Cohere2ForCausalLM": "jengine.models.cohere:Cohere2ForCausalLM",
+    "Glm4ForCausalLM": "jengine.models.glm4:Glm4ForCausalLM",
 }
 
 

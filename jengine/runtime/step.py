@@ -12,7 +12,6 @@ from flax import nnx
 
 from jengine.kv_spec import KVGroup
 from jengine.layers.attention import AttentionMetadata, slot_mapping
-from jengine.layers.linear import logits as head_logits
 from jengine.layers.sampling import (
     Logprobs,
     RowState,
@@ -76,7 +75,7 @@ def build_step(
         model = spec.model(params)
         token_ids_T = _resolve_pending(batch, rows)
         hidden_TD, kv = model(token_ids_T, kv, attention_metadata(spec, layout, tables, batch))
-        logits_SV = head_logits(hidden_TD[batch.last_token_index], model.head, batch.num_seqs)
+        logits_SV = model.logits(hidden_TD[batch.last_token_index], batch.num_seqs)
         ids_S, is_finite_S = sample(logits_SV, rows, batch.sampling)
         rows = count_sampled(rows, batch.sampling, ids_S, batch.samples)
         sampled = jnp.stack([ids_S, is_finite_S.astype(jnp.int32)])
@@ -181,7 +180,7 @@ def build_score(spec: StepSpec) -> Callable[..., tuple[Logprobs, jax.Array]]:
         params: tuple[jax.Array, ...], hidden_RD: jax.Array, targets_R: jax.Array
     ) -> tuple[Logprobs, jax.Array]:
         num_rows = jnp.int32(targets_R.shape[0])
-        logits_RV = head_logits(hidden_RD, spec.model(params).head, num_rows)
+        logits_RV = spec.model(params).logits(hidden_RD, num_rows)
         return logprobs(logits_RV, targets_R, spec.num_logprobs, jnp.bool_(True)), logits_RV
 
     return score

@@ -5,6 +5,7 @@ every chunk.
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from jengine.config import EngineConfig
@@ -24,6 +25,7 @@ class Driver:
         self.config = EngineConfig.from_kwargs(str(model), **(defaults | kwargs))
         self.runner = load_runner(self.config)
         self.loaded = self.runner.blueprint.model
+        self.step_logits: list[np.ndarray] = []
         self.reset()
 
     def reset(self) -> None:
@@ -37,24 +39,33 @@ class Driver:
 
     def logits(self, token_ids: Sequence[int], chunks: Sequence[int]) -> np.ndarray:
         """float32 [len(token_ids), V]: logits of every position, the text given in `chunks`
-        (sizes).
+        (sizes). The step's own, of each chunk's last position, are left in `step_logits`.
         """
         pages = -(-len(token_ids) // self.config.cache.page_size)
         tables = tuple(list(range(1, pages + 1)) for _ in self.runner.groups)
         request = Request("teacher", list(token_ids), SamplingParams(temperature=0))
         rows, start = [], 0
+        self.step_logits = []
         for step, size in enumerate(chunks):
             item = ScheduledRequest(request, 0, start, size, tables, True, step == 0)
             handle = self.runner.dispatch(StepPlan(step, (item,), size))
             rows.append(self.all_logits(handle)[:size])
+            self.step_logits.append(np.asarray(handle.output.logits)[0])
             start += size
         assert start == len(token_ids)
         return np.concatenate(rows)
 
     def all_logits(self, handle: StepHandle) -> np.ndarray:
-        """Logits of every packed position of a step, by float64 from its hidden states."""
+        """Logits of every packed position of a step, by float64 from its hidden states; where the
+        model scales or caps them, in float32.
+        """
+        model = self.runner.model
         hidden = np.asarray(handle.output.hidden).astype(np.float64)
-        return hidden @ np.asarray(self.runner.model.head).astype(np.float64).T
+        logits = hidden @ np.asarray(model.head).astype(np.float64).T
+        cfg = model.cfg
+        if cfg.logit_scale == 1.0 and cfg.logit_soft_cap is None:
+            return logits
+        return np.asarray(model.scale_logits(jnp.asarray(logits, jnp.float32)))
 
     def run(self, requests: Sequence[Request]) -> dict[str, list[int]]:
         """Serve requests to their end, one step at a time; output ids by request."""

@@ -59,8 +59,8 @@ def make_tiny_llama(
         "eos_token_id": 2,
         **copy.deepcopy(config),  # transformers adds to the dicts it is given
     }
-    model_config = getattr(transformers, f"{family}Config")(**fields)
-    model = getattr(transformers, f"{family}ForCausalLM")(model_config).eval().float()
+    model_class = getattr(transformers, f"{family}ForCausalLM")
+    model = model_class(model_class.config_class(**fields)).eval().float()
     randomise(model, seed)
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path, max_shard_size=max_shard_size)
@@ -75,7 +75,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
-            parameter.copy_(1 + 0.2 * noise)
+            parameter.copy_(parameter.mean() + 0.2 * noise)  # Gemma's scales are 1 + these
         elif parameter.ndim == 1:
             parameter.copy_(0.2 * noise)
         else:
