@@ -11,6 +11,8 @@ from jax.typing import DTypeLike
 # and with another order of summation than the dots with more rows, so that a row's bits would
 # depend on its batch.
 MIN_ROWS = 4
+# With one output it calls the product a matrix times a vector, whose order depends on the rows too.
+MIN_OUTPUTS = 2
 
 
 def linear(
@@ -22,10 +24,11 @@ def linear(
     out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
     del num_tokens  # padding rows are computed like the rest
-    T = x_TD.shape[0]
+    T, F = x_TD.shape[0], w_FD.shape[0]
     out_dtype = x_TD.dtype if out_dtype is None else out_dtype
     dtype = x_TD.dtype if x_TD.dtype == w_FD.dtype else jnp.float32
     x_TD = jnp.pad(x_TD, ((0, max(0, MIN_ROWS - T)), (0, 0)))
+    w_FD = jnp.pad(w_FD, ((0, max(0, MIN_OUTPUTS - F)), (0, 0)))
     y_TF = lax.dot_general(
         x_TD.astype(dtype),
         w_FD.astype(dtype),
@@ -33,7 +36,7 @@ def linear(
         # float32 means float32, also where the hardware would round the operands (TF32).
         precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
-    )[:T]
+    )[:T, :F]
     if bias_F is not None:
         y_TF = y_TF + bias_F.astype(jnp.float32)[None, :]
     return y_TF.astype(out_dtype)

@@ -111,7 +111,9 @@ def test_tiles_cover_every_pair_once(case: Case, rows: int) -> None:
     _, ids, *_ = case.build()
     build = jax.jit(build_tiles, static_argnums=(1, 2))
     for num_tokens in {case.tokens, case.tokens // 2, 0}:
-        tiles = jax.tree.map(np.asarray, build(ids, case.experts, rows, jnp.int32(num_tokens)))
+        tiles = jax.tree.map(
+            np.asarray, build(jnp.asarray(ids), case.experts, rows, jnp.int32(num_tokens))
+        )
         used = int(tiles.num_tiles)
         assert used <= len(tiles.expert_G)
         tables = zip(tiles.expert_G, tiles.start_G, tiles.stop_G, strict=True)
@@ -132,5 +134,5 @@ def test_the_loop_runs_once_for_each_expert_touched() -> None:
     """At few tokens a tile holds all that an expert gets."""
     for touched in (2, 3, 9, 16):
         _, ids, *_ = Case(8, 2, 16, touched=touched).build()
-        tiles = build_tiles(ids, 16, tile_rows(8, 2, 16), jnp.int32(8))
+        tiles = build_tiles(jnp.asarray(ids), 16, tile_rows(8, 2, 16), jnp.int32(8))
         assert int(tiles.num_tiles) == len(np.unique(ids))

@@ -27,7 +27,7 @@ def test_equals_float64(backend: ModuleType, case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("depth", "outputs"), [(576, 100), (1536, 64), (90, 33)])
+@pytest.mark.parametrize(("depth", "outputs"), [(576, 100), (1536, 64), (90, 33), (576, 1)])
 def test_bits_of_a_row_do_not_depend_on_the_batch(
     backend: ModuleType, dtype: str, depth: int, outputs: int
 ) -> None:
