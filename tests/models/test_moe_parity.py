@@ -1,0 +1,207 @@
+"""Families with routed experts against Hugging Face transformers in float32: every switch, every
+way to cut the text, and the experts that each token of each layer goes to.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jengine.errors import LoadError
+from jengine.layers import moe
+from jengine.models.registry import resolve_architecture
+from tests.oracles.driver import Driver
+from tests.oracles.tiny_llama import make_tiny_llama
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4
+LENGTH = 40
+CHUNKS = ([LENGTH], [7, 1, 16, 16], [1] * LENGTH)
+MARGIN = 1e-4  # of a token's last chosen expert over the next: a difference in rounding is 1e-6
+QWEN3 = dict(
+    family="Qwen3Moe", num_experts=8, num_experts_per_tok=3, moe_intermediate_size=40, head_dim=32
+)
+QWEN2 = dict(
+    family="Qwen2Moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40,
+    shared_expert_intermediate_size=56,
+)  # fmt: skip
+MIXTRAL = dict(family="Mixtral", num_local_experts=4, num_experts_per_tok=2)
+CASES: dict[str, dict[str, Any]] = {
+    "qwen3": dict(QWEN3, norm_topk_prob=True),
+    "qwen3-not-renormalised": dict(QWEN3, norm_topk_prob=False),
+    "qwen3-some-layers-dense": dict(
+        QWEN3, num_hidden_layers=4, mlp_only_layers=[3], decoder_sparse_step=2
+    ),
+    "qwen3-window": dict(QWEN3, use_sliding_window=True, sliding_window=12, max_window_layers=1),
+    "qwen3-bias-tied": dict(QWEN3, attention_bias=True, tie_word_embeddings=True),
+    "qwen3-128-experts": dict(
+        QWEN3, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=16
+    ),
+    "qwen3-every-expert": dict(QWEN3, num_experts_per_tok=8),
+    "mixtral": MIXTRAL,
+    "mixtral-window": dict(MIXTRAL, sliding_window=12, num_local_experts=3),
+    "qwen2": QWEN2,
+    "qwen2-no-bias-dense": dict(QWEN2, qkv_bias=False, norm_topk_prob=True, mlp_only_layers=[0]),
+    "qwen2-windows": dict(
+        QWEN2, num_hidden_layers=3, use_sliding_window=True, sliding_window=12, max_window_layers=2
+    ),
+}  # fmt: skip
+
+
+def tokens(hf_model: Any) -> list[int]:
+    return np.random.default_rng(0).integers(3, hf_model.config.vocab_size, LENGTH).tolist()
+
+
+def expected_logits(hf_model: Any) -> np.ndarray:
+    with torch.no_grad():
+        return hf_model(torch.tensor([tokens(hf_model)])).logits[0].numpy()
+
+
+def build_driver(folder: Path) -> Driver:
+    return Driver(
+        folder, max_model_len=64, num_pages=16, max_num_seqs=1, prefill_buckets=(LENGTH,),
+        decode_buckets=(1,), max_num_batched_tokens=LENGTH,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_match_transformers(name: str, tmp_path: Path) -> None:
+    hf_model = make_tiny_llama(tmp_path, **CASES[name])
+    driver = build_driver(tmp_path)
+    assert len(driver.runner.groups) == (2 if name == "qwen2-windows" else 1)
+    expected = expected_logits(hf_model)
+    results = [driver.logits(tokens(hf_model), chunks) for chunks in CHUNKS]
+    for chunks, got in zip(CHUNKS, results, strict=True):
+        assert np.abs(got - expected).max() <= TOLERANCE, chunks
+    # The comparison can fail: the same oracle with any one weight permuted is another model.
+    got = results[0]
+    unseen = [n for n, e in permuted(hf_model) if np.abs(got - e).max() <= 10 * TOLERANCE]
+    assert not unseen
+
+
+@torch.no_grad()
+def permuted(hf_model: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(parameter, the oracle's logits with two of its rows or entries swapped), one by one."""
+    used = {layer: np.unique(ids) for layer, (_, ids) in hf_routing(hf_model).items()}
+    for name, parameter in hf_model.named_parameters():
+        for part, rows in swaps(name, parameter, tokens(hf_model)[:2], used):
+            saved = part[rows].clone()
+            part[rows] = saved.flip(0)
+            yield f"{name} {list(part.shape)} {rows}", expected_logits(hf_model)
+            part[rows] = saved
+
+
+def swaps(
+    name: str, parameter: Any, ids: list[int], used: dict[int, np.ndarray]
+) -> list[tuple[Any, list[int]]]:
+    """(part of the parameter, two of its rows). Of stacked experts: the first and last that are
+    used, and rows of both ends of each, which are of gate and of up.
+    """
+    if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        return [(parameter, ids)]
+    if len(parameter) == 1:
+        return [(parameter[0], [0, 1])]
+    if parameter.ndim < 3:
+        return [(parameter, [0, 1])]
+    experts = used[int(name.split(".")[2])][:8].tolist()
+    ends = [(parameter[e], rows) for e in experts for rows in ([0, 1], [-2, -1])]
+    return [(parameter, [experts[0], experts[-1]]), *ends]
+
+
+def hf_routing(hf_model: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """(router logits [T, E], expert ids [T, k]) of every layer that has a router."""
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            found[layer] = (output[0].numpy(), output[2].numpy())
+
+        return hook
+
+    layers = enumerate(hf_model.model.layers)
+    routers = [(i, layer.mlp.gate) for i, layer in layers if hasattr(layer.mlp, "gate")]
+    hooks = [router.register_forward_hook(keep(i)) for i, router in routers]
+    expected_logits(hf_model)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.fixture
+def routed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, np.ndarray]]:
+    """(router's number since the start, expert ids) of every call of a router on the device."""
+    seen: list[tuple[int, np.ndarray]] = []
+    route, traced = moe.route, []
+
+    def recording(logits_TE: jax.Array, top_k: int, *, renormalise: bool) -> Any:
+        ids_Tk, weights_Tk = route(logits_TE, top_k, renormalise=renormalise)
+        number = len(traced)
+        traced.append(number)
+        jax.debug.callback(lambda ids: seen.append((number, np.asarray(ids))), ids_Tk)
+        return ids_Tk, weights_Tk
+
+    monkeypatch.setattr(moe, "route", recording)
+    return seen
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_routers_pick_the_same_experts(
+    name: str, tmp_path: Path, routed: list[tuple[int, np.ndarray]]
+) -> None:
+    hf_model = make_tiny_llama(tmp_path, **CASES[name])
+    expected = hf_routing(hf_model)
+    for logits, ids in expected.values():
+        ranked = np.sort(logits, axis=1)
+        k = ids.shape[1]
+        assert k == ranked.shape[1] or (ranked[:, -k] - ranked[:, -k - 1]).min() > MARGIN
+    driver = build_driver(tmp_path)
+    for chunks in CHUNKS:
+        routed.clear()
+        driver.logits(tokens(hf_model), chunks)
+        jax.effects_barrier()
+        for nth, (_, ids) in enumerate(expected.values()):
+            steps = [got for number, got in routed if number % len(expected) == nth]
+            cut = [got[:size] for got, size in zip(steps, chunks, strict=True)]
+            got = np.sort(np.concatenate(cut), axis=1)
+            np.testing.assert_array_equal(got, np.sort(ids, axis=1), err_msg=f"{nth}: {chunks}")
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    """For fields that an old or a hand-written config.json leaves out."""
+    said = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=6,
+                num_attention_heads=16, decoder_sparse_step=2, num_experts=12)  # fmt: skip
+    names = ("head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
+             "num_key_value_heads", "num_experts_per_tok", "moe_intermediate_size",
+             "norm_topk_prob", "num_local_experts", "shared_expert_intermediate_size")  # fmt: skip
+    for family in ("Qwen3Moe", "Qwen2Moe", "Mixtral"):
+        fields = dict(said)
+        if family == "Mixtral":
+            del fields["decoder_sparse_step"], fields["num_experts"]
+        theirs = getattr(transformers, f"{family}Config")(**fields)
+        _, model_class = resolve_architecture({"architectures": [f"{family}ForCausalLM"]})
+        ours = model_class.config_class.from_hf(
+            fields, dtype="float32", kv_dtype="float32", max_model_len=64
+        )
+        flat = {**vars(ours), **vars(ours.moe), "num_local_experts": ours.moe.num_experts}
+        for name in names:
+            if name in theirs.to_dict() and (family, name) != ("Mixtral", "head_dim"):
+                assert flat[name] == getattr(theirs, name), (family, name)
+        assert ours.rope.inv_freq[1] == pytest.approx(
+            theirs.rope_parameters["rope_theta"] ** (-2 / ours.head_dim)
+        )
+        assert sum(ours.sparse_layers) == (6 if family == "Mixtral" else 3)
+
+
+def test_another_activation_is_refused() -> None:
+    _, model_class = resolve_architecture({"architectures": ["MixtralForCausalLM"]})
+    fields = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                  num_attention_heads=8, hidden_act="gelu_pytorch_tanh")  # fmt: skip
+    with pytest.raises(LoadError, match="hidden_act"):
+        model_class.config_class.from_hf(
+            fields, dtype="float32", kv_dtype="float32", max_model_len=8
+        )
