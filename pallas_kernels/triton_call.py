@@ -103,7 +103,7 @@ def triton_call(
     )
     # Triton's PTX takes two more pointers (scratch memory that our kernels do not use): any valid
     # operand does.
-    return call(
+    results = call(
         *inputs,
         inputs[spare],
         inputs[spare],
@@ -119,6 +119,7 @@ def triton_call(
         shared_mem_bytes=np.int32(compiled.shared_bytes),
         output_indices=tuple(range(first, first + len(outputs))),
     )
+    return list(results)
 
 
 @functools.cache
@@ -135,10 +136,11 @@ def compile_kernel(
     Raises `RuntimeError` if it needs scratch memory, which nobody here would give it.
     """
     import triton
+    from triton import knobs  # pyright: ignore[reportAttributeAccessIssue]
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    triton.knobs.cache.dir = str(cache_root() / "triton")
+    knobs.cache.dir = str(cache_root() / "triton")
     names, values = kernel.arg_names, dict(constants)
     if set(names[len(pointers) :]) != values.keys():
         raise TypeError(f"{kernel.__name__} takes {names}; got {len(pointers)} arrays, {values}")

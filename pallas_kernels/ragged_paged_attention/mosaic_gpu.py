@@ -46,4 +46,4 @@ def attend_full_tiles(
     rows = kv_pages_PB2KH.reshape(P * B, 2 * K, H)
     # The last block of a context may reach past the table's end.
     table_SM = jnp.pad(page_table_SM, ((0, 0), (0, BLOCK // B)))
-    return attend_tiles(q_TNH, rows, table_SM, tiles.items.reshape(-1), tiles.count, shape)
+    return attend_tiles(q_TNH, rows, table_SM, tiles.items.reshape(-1), tiles.num_items, shape)

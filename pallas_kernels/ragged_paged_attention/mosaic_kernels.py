@@ -17,6 +17,8 @@ from jax import lax
 
 from jengine.pallas_kernels.ragged_paged_attention.mosaic_gpu import BLOCK, HEADS, QUERIES
 
+# Public, but not re-exported in the form that type checkers know.
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 STAGES = 2  # blocks in shared memory
 LOG2_E = math.log2(math.e)
 
@@ -61,7 +63,7 @@ def _tile(q_ref, kv_ref, table_ref, tiles_ref, num_tiles_ref, out_ref, *, shape:
     @pl.when(tile < num_tiles_ref[0])
     def _() -> None:
         H = shape.head_dim
-        tiled = {"transforms": (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))}
+        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         dtype = q_ref.dtype
         pages = BLOCK // shape.page_size
         pl.run_scoped(
@@ -74,9 +76,9 @@ def _tile(q_ref, kv_ref, table_ref, tiles_ref, num_tiles_ref, out_ref, *, shape:
                 tuple(tiles_ref[tile * 4 + i] for i in range(4)),
                 shape=shape,
             ),
-            plgpu.SMEM((HEADS, QUERIES, H), dtype, **tiled),
-            plgpu.SMEM((STAGES, BLOCK, H), dtype, **tiled),
-            plgpu.SMEM((STAGES, BLOCK, H), dtype, **tiled),
+            plgpu.SMEM((HEADS, QUERIES, H), dtype, transforms=tiled),
+            plgpu.SMEM((STAGES, BLOCK, H), dtype, transforms=tiled),
+            plgpu.SMEM((STAGES, BLOCK, H), dtype, transforms=tiled),
             plgpu.Barrier(num_arrivals=pages, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=pages, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=HEADS, num_barriers=STAGES),
@@ -195,7 +197,7 @@ def _attend(q_ref, out_ref, q_smem, shared, numbers, shape: Shape) -> None:
             take_turns()
             return ref[...]
 
-        s = pl.run_scoped(scores, plgpu.ACC((QUERIES, BLOCK), jnp.float32))
+        s = pl.run_scoped(scores, ACC((QUERIES, BLOCK), jnp.float32))
         plgpu.barrier_arrive(k_free.at[slot])
         if is_masked:
             iota = functools.partial(
@@ -242,7 +244,7 @@ def add_product(acc, p, v_smem, meanwhile):
         plgpu.wgmma(ref, p, v_smem)
         meanwhile()
 
-    return pl.run_state(multiply)(plgpu.ACC.init(acc))
+    return pl.run_state(multiply)(ACC.init(acc))
 
 
 def _clear_rest(v_smem, first, kv_len, H: int) -> None:

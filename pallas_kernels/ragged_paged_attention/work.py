@@ -19,7 +19,7 @@ class Splits(NamedTuple):
     """The contexts of sequences with one new token, cut into splits."""
 
     items: jax.Array  # i32[W, 4]: sequence, first position, end, number of splits of the sequence
-    count: jax.Array  # i32[1]
+    num_items: jax.Array  # i32[1]
     first: jax.Array  # i32[S + 1]; sequence s owns splits first[s]:first[s + 1]
 
 
@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
     """The other sequences' new tokens, cut into tiles of queries; then the padding."""
 
     items: jax.Array  # i32[W, 4]: sequence, first token, number of queries, position of the first
-    count: jax.Array  # i32[1]
+    num_items: jax.Array  # i32[1]
 
 
 def plan_splits(

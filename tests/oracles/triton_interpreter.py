@@ -64,7 +64,8 @@ def _to_numpy(x: torch.Tensor, dtype: Any) -> np.ndarray:
 
 _patch_tensor = interpreter._patch_lang_tensor
 _convert = interpreter._convert_float
-_dot = interpreter.InterpreterBuilder.create_dot
+_builder: Any = interpreter.InterpreterBuilder
+_dot = _builder.create_dot
 
 
 def _patch_tensor_for_numpy_2_4(tensor: Any, scope: Any) -> None:
@@ -95,4 +96,4 @@ def _dot_bfloat16(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
 
 interpreter._patch_lang_tensor = _patch_tensor_for_numpy_2_4
 interpreter._convert_float = _convert_bfloat16
-interpreter.InterpreterBuilder.create_dot = _dot_bfloat16
+_builder.create_dot = _dot_bfloat16

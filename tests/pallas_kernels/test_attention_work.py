@@ -1,6 +1,7 @@
 """The work lists of the GPU attention kernels: every query and every position exactly once."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ LENS = st.lists(
     st.tuples(st.sampled_from((1, 1, 1, 2, 31, 32, 33, 64, 70, 128)), st.integers(0, 5000)),
     max_size=SEQS,
 )
-Batch = tuple[np.ndarray, np.ndarray, np.int32, list[tuple[int, int]]]
+Batch = tuple[jax.Array, jax.Array, jax.Array, list[tuple[int, int]]]
 
 
 def batch_of(lens: list[tuple[int, int]]) -> Batch:
@@ -30,7 +31,7 @@ def batch_of(lens: list[tuple[int, int]]) -> Batch:
     cu = np.concatenate([[0], np.cumsum([n for n, _ in kept], dtype=np.int32)])
     cu = np.pad(cu, (0, SEQS - len(kept)), mode="edge").astype(np.int32)
     kv = np.pad(np.array([c for _, c in kept], np.int32), (0, SEQS - len(kept)))
-    return cu, kv, np.int32(len(kept)), kept
+    return jnp.asarray(cu), jnp.asarray(kv), jnp.int32(len(kept)), kept
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,7 +76,7 @@ def test_tiles_cover_each_chunk_and_the_padding(
 
     tiles = plan_tiles(cu, kv, num_seqs, num_tokens=TOKENS, tile_queries=32, full_queries=full)
     padding = 0
-    for sequence, first, count, position in np.asarray(tiles.items)[: int(tiles.count[0])]:
+    for sequence, first, count, position in np.asarray(tiles.items)[: int(tiles.num_items[0])]:
         assert 0 < count <= 32
         if position < 0:  # padding: no keys
             assert position == -count
@@ -86,7 +87,7 @@ def test_tiles_cover_each_chunk_and_the_padding(
             take(first, count, position)
     if full is not None:
         plan = plan_full_tiles(cu, kv, num_seqs, num_tokens=TOKENS, full_queries=full)
-        for sequence, first, position, context in np.asarray(plan.items)[: int(plan.count[0])]:
+        for sequence, first, position, context in np.asarray(plan.items)[: int(plan.num_items[0])]:
             assert context == kv[sequence] and first + full <= cu[sequence + 1]
             take(first, full, position)
     used = sum(n for n, _ in kept)
