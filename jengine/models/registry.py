@@ -1,7 +1,12 @@
-"""Architecture name -> module. Resolved lazily, so that naming a model imports nothing else."""
+"""Architecture name -> module. Resolved lazily, so that naming a model imports nothing else.
+
+Other packages add families by an entry point in the group `jengine.models`, named as the
+architecture, with a class as value (docs/adding_a_model.md).
+"""
 
 import difflib
 import importlib
+import importlib.metadata
 from typing import Any
 
 from jengine.errors import LoadError
@@ -26,13 +31,32 @@ ARCHITECTURES: dict[str, str] = {
 }
 
 
+ENTRY_POINT_GROUP = "jengine.models"
+
+
 def resolve_architecture(hf_config: dict[str, Any]) -> tuple[str, Any]:
     """(architecture name, model class) of a config. Raises `LoadError` with the nearest names."""
     names = hf_config.get("architectures") or []
+    known = known_architectures()
     for name in names:
-        if target := ARCHITECTURES.get(name):
-            module, _, attribute = target.partition(":")
-            return name, getattr(importlib.import_module(module), attribute)
+        if target := known.get(name):
+            return name, _load(name, target)
     wanted = names[0] if names else "(none)"
-    near = difflib.get_close_matches(wanted, ARCHITECTURES, n=3) or sorted(ARCHITECTURES)
+    near = difflib.get_close_matches(wanted, known, n=3) or sorted(known)
     raise LoadError(f"architecture {wanted!r} is not supported; nearest known: {', '.join(near)}")
+
+
+def known_architectures() -> dict[str, str]:
+    """Ours, and those of installed packages. A package may replace one of ours: its user chose to
+    install it.
+    """
+    others = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    return ARCHITECTURES | {point.name: point.value for point in others}
+
+
+def _load(name: str, target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise LoadError(f"architecture {name!r}: {target!r} cannot be loaded: {error}") from error

@@ -16,7 +16,7 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,12 +202,29 @@ def source_digest() -> str:
     """Digest of what programs are traced from, tuned figures included: an edit invalidates every
     executable.
     """
+    folders = [
+        Path(folder)
+        for name in SOURCES
+        for folder in importlib.import_module(f"jengine.{name}").__path__
+    ]
+    return _digest(path for folder in folders for path in sorted(folder.rglob("*")))
+
+
+@functools.cache
+def family_digest(module: str) -> str | None:
+    """The same of the top-level package or module that brings a family. None for our own."""
+    top = importlib.import_module(module.partition(".")[0])
+    if top.__name__ == "jengine":
+        return None
+    if not hasattr(top, "__path__"):
+        return _digest([Path(str(top.__file__))])
+    return _digest(path for folder in top.__path__ for path in sorted(Path(folder).rglob("*")))
+
+
+def _digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for name in SOURCES:
-        package = importlib.import_module(f"jengine.{name}")
-        for folder in package.__path__:
-            for path in sorted(Path(folder).rglob("*")):
-                if path.suffix in (".py", ".json"):
-                    digest.update(path.name.encode())
-                    digest.update(path.read_bytes())
+    for path in paths:
+        if path.suffix in (".py", ".json"):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()

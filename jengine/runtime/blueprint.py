@@ -25,7 +25,13 @@ from jengine.loading import dummy
 from jengine.models.loader import ModelDefinition
 from jengine.pallas_kernels.native import loader as native
 from jengine.runtime import memory, xla_options
-from jengine.runtime.aot import Artifacts, ExecutableStore, ProgramCache, source_digest
+from jengine.runtime.aot import (
+    Artifacts,
+    ExecutableStore,
+    ProgramCache,
+    family_digest,
+    source_digest,
+)
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.buckets import Bucket, build_buckets, essential_buckets, preparation_order
 from jengine.runtime.decode_steps import choose_max_decode_steps
@@ -283,6 +289,7 @@ def _program_facts(
     )
     return {
         "sources": source_digest(),
+        "family": family_digest(type(model.module).__module__),
         "native": native.fingerprint() if device.platform == "cpu" else None,
         "architecture": model.architecture,
         "config": repr(model.cfg),

@@ -32,6 +32,14 @@ class Case:
 
 
 CASES = {
+    "llama": Case("Llama"),
+    "mistral": Case("Mistral", dict(sliding_window=12)),
+    "ministral": Case(
+        "Ministral",
+        dict(head_dim=16, sliding_window=12, layer_types=["sliding_attention", "full_attention"]),
+        groups=2,
+    ),
+    "qwen3": Case("Qwen3", dict(head_dim=32)),
     "qwen2": Case("Qwen2"),
     "qwen2-windows": Case(
         "Qwen2",
