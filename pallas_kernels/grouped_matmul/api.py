@@ -4,6 +4,7 @@ import jax
 
 from jengine.pallas_kernels.dispatch import first_of
 from jengine.pallas_kernels.grouped_matmul import reference
+from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 
 _expert_mlp = first_of(reference.expert_mlp)
 
@@ -16,9 +17,13 @@ def expert_mlp(
     down_EDF: jax.Array,
     *,
     num_tokens: jax.Array,
+    gate_up_bias_EF: jax.Array | None = None,
+    down_bias_ED: jax.Array | None = None,
+    activation: ClampedSwiGLU | None = None,
 ) -> jax.Array:
     """Return [T, D]: for each token the sum over its k experts, in the order given, of weight times
-    `silu_mul(x @ gate_up[e].T) @ down[e].T`.
+    `silu_mul(x @ gate_up[e].T) @ down[e].T`, with biases where given, and `activation` in the place
+    of `silu_mul` if it is.
 
     `gate_up` is [E, 2 F, D], gate above up; `weights` are float32; the experts of one token are
     distinct. The product of gate and up is rounded to the dtype of `x`; the rest is float32 until
@@ -27,5 +32,13 @@ def expert_mlp(
     grows with the experts touched.
     """
     return _expert_mlp(
-        x_TD, expert_ids_Tk, weights_Tk, gate_up_EFD, down_EDF, num_tokens=num_tokens
+        x_TD,
+        expert_ids_Tk,
+        weights_Tk,
+        gate_up_EFD,
+        down_EDF,
+        num_tokens=num_tokens,
+        gate_up_bias_EF=gate_up_bias_EF,
+        down_bias_ED=down_bias_ED,
+        activation=activation,
     )

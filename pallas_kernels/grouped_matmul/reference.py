@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.grouped_matmul.tiles import build_tiles, tile_rows
 from jengine.pallas_kernels.linear.api import linear
 from jengine.pallas_kernels.silu_mul.api import silu_mul
@@ -17,6 +18,9 @@ def expert_mlp(
     down_EDF: jax.Array,
     *,
     num_tokens: jax.Array,
+    gate_up_bias_EF: jax.Array | None = None,
+    down_bias_ED: jax.Array | None = None,
+    activation: ClampedSwiGLU | None = None,
 ) -> jax.Array:
     (T, k), E = expert_ids_Tk.shape, gate_up_EFD.shape[0]
     B = tile_rows(T, k, E)
@@ -29,10 +33,20 @@ def expert_mlp(
         rows = tiles.stop_G[tile] - start
         expert = tiles.expert_G[tile]
         x_BD = x_TD[lax.dynamic_slice(token, (start,), (B,))]
-        gate_up_BF = linear(x_BD, _of_expert(gate_up_EFD, expert), num_tokens=rows)
+        gate_up_BF = linear(
+            x_BD,
+            _of_expert(gate_up_EFD, expert),
+            None if gate_up_bias_EF is None else _of_expert(gate_up_bias_EF, expert),
+            num_tokens=rows,
+        )
+        if activation is None:
+            product_BF = silu_mul(gate_up_BF, num_tokens=rows)
+        else:
+            product_BF = activation(gate_up_BF)
         y_BD = linear(
-            silu_mul(gate_up_BF, num_tokens=rows),
+            product_BF,
             _of_expert(down_EDF, expert),
+            None if down_bias_ED is None else _of_expert(down_bias_ED, expert),
             num_tokens=rows,
             out_dtype=jnp.float32,
         )

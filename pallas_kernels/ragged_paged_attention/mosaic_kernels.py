@@ -19,6 +19,10 @@ from jengine.pallas_kernels.ragged_paged_attention.mosaic_gpu import BLOCK, HEAD
 
 # Public, but not re-exported in the form that type checkers know.
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+SWIZZLED = (  # what the tensor cores read
+    plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
 STAGES = 2  # blocks in shared memory
 LOG2_E = math.log2(math.e)
 
@@ -63,7 +67,6 @@ def _tile(q_ref, kv_ref, table_ref, tiles_ref, num_tiles_ref, out_ref, *, shape:
     @pl.when(tile < num_tiles_ref[0])
     def _() -> None:
         H = shape.head_dim
-        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         dtype = q_ref.dtype
         pages = BLOCK // shape.page_size
         pl.run_scoped(
@@ -76,9 +79,9 @@ def _tile(q_ref, kv_ref, table_ref, tiles_ref, num_tiles_ref, out_ref, *, shape:
                 tuple(tiles_ref[tile * 4 + i] for i in range(4)),
                 shape=shape,
             ),
-            plgpu.SMEM((HEADS, QUERIES, H), dtype, transforms=tiled),
-            plgpu.SMEM((STAGES, BLOCK, H), dtype, transforms=tiled),
-            plgpu.SMEM((STAGES, BLOCK, H), dtype, transforms=tiled),
+            plgpu.SMEM((HEADS, QUERIES, H), dtype, transforms=SWIZZLED),
+            plgpu.SMEM((STAGES, BLOCK, H), dtype, transforms=SWIZZLED),
+            plgpu.SMEM((STAGES, BLOCK, H), dtype, transforms=SWIZZLED),
             plgpu.Barrier(num_arrivals=pages, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=pages, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=HEADS, num_barriers=STAGES),
