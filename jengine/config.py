@@ -2,6 +2,7 @@
 the environment.
 """
 
+import importlib.util
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,6 +53,18 @@ def set_device_memory_share(share: float) -> None:
         os.environ[_MEMORY_SHARE[0]] = f"{share:.4f}"
 
 
+def expects_gpu() -> bool:
+    """Whether an engine started now would run on an NVIDIA GPU, told without starting JAX: there is
+    a driver, JAX's plugin for it, and nobody has asked for another platform.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return (
+        Path("/dev/nvidiactl").exists()
+        and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+        and (not platforms or "cuda" in platforms or "gpu" in platforms)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelArgs:
     """Which model, and how its weights are read."""
@@ -87,9 +100,14 @@ class CacheConfig:
     poison: bool = False  # fill unused pages with NaN (tests)
 
 
+GPU_LIMITS = {"max_num_seqs": 256, "max_num_batched_tokens": 8192}
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """What one step may hold. Names as in vLLM."""
+    """What one step may hold. Names as in vLLM. Defaults are a CPU's; where an engine is built from
+    flat arguments and expects a GPU, they are `GPU_LIMITS`.
+    """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
@@ -169,6 +187,8 @@ class EngineConfig:
             "scheduling_policy": "policy",
         }
         kwargs = {aliases.get(k, k): v for k, v in kwargs.items() if v is not None}
+        if expects_gpu():
+            kwargs = GPU_LIMITS | kwargs
         if isinstance(kwargs.get("served_model_name"), str):
             kwargs["served_model_name"] = (kwargs["served_model_name"],)
         parts = {

@@ -114,10 +114,16 @@ class EngineFlags:
         ),
     ] = None
     max_num_seqs: Annotated[
-        int | None, _flag("--max-num-seqs", panel=_SCHEDULER, text="Requests in one step.")
+        int | None,
+        _flag("--max-num-seqs", panel=_SCHEDULER, text="Requests in one step: 64, on a GPU 256."),
     ] = None
     max_num_batched_tokens: Annotated[
-        int | None, _flag("--max-num-batched-tokens", panel=_SCHEDULER, text="Tokens in one step.")
+        int | None,
+        _flag(
+            "--max-num-batched-tokens",
+            panel=_SCHEDULER,
+            text="Tokens in one step: 1024, on a GPU 8192.",
+        ),
     ] = None
     scheduling_policy: Annotated[
         str | None, _flag("--scheduling-policy", panel=_SCHEDULER, text="fcfs or priority.")
