@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jengine.layers.param import param
+from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.grouped_matmul.api import expert_mlp
 from jengine.pallas_kernels.linear.api import linear
 from jengine.pallas_kernels.top_k_rows.api import top_k_rows
@@ -20,6 +21,8 @@ class MoEConfig:
     num_experts_per_tok: int
     moe_intermediate_size: int
     norm_topk_prob: bool  # the weights of a token's experts add up to one
+    bias: bool = False  # of router and experts
+    activation: ClampedSwiGLU | None = None  # in the place of SwiGLU
 
 
 def route(logits_TE: jax.Array, top_k: int, *, renormalise: bool) -> tuple[jax.Array, jax.Array]:
@@ -49,11 +52,13 @@ def _row_sums(x_TE: jax.Array) -> jax.Array:
 class Router(nnx.Module):
     """Scores of each token for each expert, in float32: near ties decide which weights are used."""
 
-    def __init__(self, dim: int, num_experts: int, dtype: str) -> None:
+    def __init__(self, dim: int, num_experts: int, dtype: str, *, bias: bool) -> None:
         self.weight = param((num_experts, dim), (None, "embed"), dtype)
+        self.bias = param((num_experts,), (None,), dtype, init="zeros") if bias else None
 
     def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        return linear(x_TD, self.weight[...], num_tokens=num_tokens, out_dtype=jnp.float32)
+        bias = None if self.bias is None else self.bias[...]
+        return linear(x_TD, self.weight[...], bias, num_tokens=num_tokens, out_dtype=jnp.float32)
 
 
 class Experts(nnx.Module):
@@ -64,13 +69,18 @@ class Experts(nnx.Module):
         self.gate_up_proj = param((E, 2 * F, dim), ("experts", "mlp", "embed"), dtype)
         self.down_proj = param((E, dim, F), ("experts", "embed", "mlp"), dtype)
 
+        def bias(rows: int, axis: str) -> nnx.Param | None:
+            return param((E, rows), ("experts", axis), dtype, "zeros") if moe.bias else None
+
+        self.gate_up_bias, self.down_bias = bias(2 * F, "mlp"), bias(dim, "embed")
+
 
 class SparseMLP(nnx.Module):
     """Routed experts in the place of a decoder layer's MLP."""
 
     def __init__(self, dim: int, moe: MoEConfig, dtype: str) -> None:
         self.moe = moe
-        self.gate = Router(dim, moe.num_experts, dtype)
+        self.gate = Router(dim, moe.num_experts, dtype, bias=moe.bias)
         self.experts = Experts(dim, moe, dtype)
 
     def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
@@ -79,6 +89,7 @@ class SparseMLP(nnx.Module):
             self.moe.num_experts_per_tok,
             renormalise=self.moe.norm_topk_prob,
         )
+        gate_up_bias, down_bias = self.experts.gate_up_bias, self.experts.down_bias
         return expert_mlp(
             x_TD,
             ids_Tk,
@@ -86,4 +97,7 @@ class SparseMLP(nnx.Module):
             self.experts.gate_up_proj[...],
             self.experts.down_proj[...],
             num_tokens=num_tokens,
+            gate_up_bias_EF=None if gate_up_bias is None else gate_up_bias[...],
+            down_bias_ED=None if down_bias is None else down_bias[...],
+            activation=self.moe.activation,
         )

@@ -36,12 +36,16 @@ class WeightRule:
     target: str
     shape: tuple[int, ...]  # of the source
     offset: int = 0
-    transform: Callable[[np.ndarray], np.ndarray] | None = (
-        None  # of the whole source; keeps its shape
-    )
+    transform: Callable[[np.ndarray], np.ndarray] | None = None  # of the whole source
     optional: bool = (
         False  # where the source is absent, the target's rows keep their initial ones or zeros
     )
+    transformed: tuple[int, ...] | None = None  # shape that the transform gives, if it is another
+
+    @property
+    def filled(self) -> tuple[int, ...]:
+        """Shape of what goes into the target."""
+        return self.shape if self.transformed is None else self.transformed
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def plan_fills(
         shape = abstract[target].shape
         _check_fits(name, rule, target, shape, expert)
         start = rule.offset + (int(expert) * shape[1] if expert else 0)
-        plan[target].append(Fill(name, target, start, start + rule.shape[0], rule))
+        plan[target].append(Fill(name, target, start, start + rule.filled[0], rule))
     _check_nothing_missing(set(names), table.rules, abstract)
     for path, fills in plan.items():
         fills.sort(key=lambda fill: fill.start)
@@ -173,9 +177,9 @@ def _check_fits(
                 f"does not have"
             )
         shape = shape[1:]
-    if rule.shape[1:] != shape[1:] or rule.offset + rule.shape[0] > shape[0]:
+    if rule.filled[1:] != shape[1:] or rule.offset + rule.filled[0] > shape[0]:
         raise LoadError(
-            f"tensor {name!r} of shape {rule.shape} does not fit into rows {rule.offset}: of "
+            f"tensor {name!r} of shape {rule.filled} does not fit into rows {rule.offset}: of "
             f"parameter {target!r} of shape {shape}"
         )
 
@@ -239,7 +243,7 @@ def _check_gap(
         row
         for rule in rules
         if rule.optional and _pattern_matches(rule.target, path)
-        for row in (rule.offset, rule.offset + rule.shape[0])
+        for row in (rule.offset, rule.offset + rule.filled[0])
     }
     if info.init == "normal" or start not in may_stay or stop not in may_stay:
         raise LoadError(
@@ -258,7 +262,7 @@ def _read_into(tensors: TensorSource, fill: Fill, out: np.ndarray) -> None:
     """Read one source into its rows, in chunks where no transform needs all of it at once."""
     if fill.rule.transform is not None:
         value = fill.rule.transform(tensors.read(fill.source))
-        if value.shape != fill.rule.shape:
+        if value.shape != fill.rule.filled:
             raise LoadError(
                 f"the transform of tensor {fill.source!r} changed its shape to {value.shape}"
             )

@@ -68,6 +68,7 @@ class LlamaAttention(nnx.Module):
             spec=self.spec,
             scale=self.scale,
             soft_cap=self.soft_cap,
+            sinks_N=self.sink_logits,
             head_norms=self.head_norms,
         )
         return self.o_proj(out_TNH.reshape(T, -1), metadata.num_tokens), kv_pages
@@ -79,6 +80,11 @@ class LlamaAttention(nnx.Module):
     @property
     def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
         """Norms of every head of q and of k, in families that have them."""
+        return None
+
+    @property
+    def sink_logits(self) -> jax.Array | None:
+        """float32 [N]: one logit more in each head's softmax, in families that have them."""
         return None
 
 

@@ -18,6 +18,7 @@ ARCHITECTURES: dict[str, str] = {
     "Qwen2ForCausalLM": "jengine.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "jengine.models.qwen3:Qwen3ForCausalLM",
     "MixtralForCausalLM": "jengine.models.mixtral:MixtralForCausalLM",
+    "GptOssForCausalLM": "jengine.models.gpt_oss:GptOssForCausalLM",
     "Qwen2MoeForCausalLM": "jengine.models.qwen2_moe:Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM": "jengine.models.qwen3_moe:Qwen3MoeForCausalLM",
     "Gemma2ForCausalLM": "jengine.models.gemma2:Gemma2ForCausalLM",

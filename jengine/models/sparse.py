@@ -22,6 +22,7 @@ class SparseConfig(DecoderConfig):
     def from_hf(
         cls, hf: Mapping[str, Any], *, dtype: str, kv_dtype: str, max_model_len: int
     ) -> Self:
+        """Raises `LoadError` naming a missing or unsupported field, as `DecoderConfig` does."""
         fields = ConfigFields(hf)
         fields.require("hidden_act", ("silu",), default="silu")
         dense = DecoderConfig.from_hf(

@@ -76,7 +76,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
             parameter.copy_(parameter.mean() + 0.2 * noise)  # Gemma's scales are 1 + these
-        elif parameter.ndim == 1:
+        elif parameter.ndim == 1 or name.endswith("_bias"):  # of stacked experts
             parameter.copy_(0.2 * noise)
         else:
             parameter.copy_(noise / parameter.shape[-1] ** 0.5)
