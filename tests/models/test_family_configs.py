@@ -1,0 +1,76 @@
+"""Config files that say little, or say it under older names, mean what transformers makes of them:
+reading such a file and reading the whole one that transformers writes for it are the same.
+"""
+
+from typing import Any
+
+import pytest
+
+from jengine.models.registry import resolve_architecture
+
+transformers = pytest.importorskip("transformers")
+
+SAID = dict(
+    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=30,
+    num_attention_heads=4, num_key_value_heads=2,
+)  # fmt: skip
+FACTORS = {"short_factor": [1.5] * 8, "long_factor": [2.5] * 8}
+FILES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen2-unused-window": ("Qwen2", dict(use_sliding_window=False, sliding_window=131072)),
+    "qwen2-window": ("Qwen2", dict(use_sliding_window=True, sliding_window=64)),
+    "gemma2": ("Gemma2", {}),
+    "gemma3": ("Gemma3", {}),
+    "gemma3-of-2025": (
+        "Gemma3",
+        dict(
+            rope_theta=5e5, rope_local_base_freq=2e4, sliding_window_pattern=3,
+            rope_scaling={"rope_type": "linear", "factor": 8.0},
+        ),
+    ),
+    "phi3": ("Phi3", {}),
+    "phi3-longrope": (
+        "Phi3",
+        dict(rope_scaling={"type": "longrope", **FACTORS}, max_position_embeddings=131072),
+    ),
+    "phi3-partial": ("Phi3", dict(partial_rotary_factor=0.75, rope_theta=5e5)),
+    "granite": ("Granite", dict(embedding_multiplier=12.0, logits_scaling=8.0)),
+    "granite-silent": ("Granite", {}),
+    "olmo2": ("Olmo2", dict(rope_theta=5e5)),
+    "olmo2-silent": ("Olmo2", {}),
+    "cohere": ("Cohere", {}),
+    "cohere2": ("Cohere2", {}),
+    "cohere2-of-2024": ("Cohere2", dict(sliding_window_pattern=3, rope_theta=5e4)),
+    "glm4": ("Glm4", {}),
+    "glm4-whole-heads": ("Glm4", dict(partial_rotary_factor=1.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_terse_file_means_what_transformers_makes_of_it(name: str) -> None:
+    family, fields = FILES[name]
+    architecture = f"{family}ForCausalLM"
+    _, model_class = resolve_architecture({"architectures": [architecture]})
+    config_class = getattr(transformers, architecture).config_class
+
+    terse = SAID | fields
+    whole = config_class(**terse).to_dict()
+    assert read(model_class, terse) == read(model_class, whole)
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn"])
+def test_longrope_of_early_phi3_files(kind: str) -> None:
+    """transformers 5 itself refuses these: the original length lies outside `rope_scaling`."""
+    _, phi3 = resolve_architecture({"architectures": ["Phi3ForCausalLM"]})
+    early, today = (
+        SAID | dict(rope_scaling={"type": name, **FACTORS}, max_position_embeddings=131072)
+        for name in (kind, "longrope")
+    )
+    assert read(phi3, early) == read(phi3, today)
+    assert read(phi3, early) != read(phi3, SAID)
+
+
+def read(model_class: Any, hf: dict[str, Any]) -> Any:
+    return model_class.config_class.from_hf(
+        hf, dtype="float32", kv_dtype="float32", max_model_len=8192
+    )
