@@ -15,6 +15,7 @@ from jengine.errors import LoadError, ModelNotFoundError
 from jengine.loading.gguf_config import generation_config_from_gguf, hf_config_from_gguf
 from jengine.loading.gguf_source import GGUFFile, GGUFSource
 from jengine.loading.hub import fetch_from_hub, is_hub_id
+from jengine.loading.mxfp4 import Mxfp4Source, is_mxfp4
 from jengine.loading.pull import PULLABLE, pulled_path
 from jengine.loading.safetensors_source import (
     INDEX_FILE,
@@ -84,6 +85,8 @@ def open_checkpoint(args: ModelArgs) -> Checkpoint:
     if config is None:
         raise LoadError(f"{path} holds no config.json")
     tensors = None if is_dummy else _open_safetensors(path, args.load_format)
+    if tensors is not None and is_mxfp4(config):
+        tensors = Mxfp4Source(tensors)
     return Checkpoint(
         name=args.model,
         hf_config={**config, **args.hf_overrides},

@@ -13,7 +13,7 @@ from jengine.errors import LoadError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES = ("F64", "F32", "F16", "BF16", "U8")  # bytes: what another source unpacks (mxfp4.py)
 
 
 class SafetensorsSource:

@@ -119,6 +119,20 @@ def test_experts_that_do_not_fit_are_refused_by_name() -> None:
     refused("no tensor of the checkpoint fills rows 6:7 of parameter 'layers.0", abstract=wide)
 
 
+def test_transform_may_change_the_shape_to_one_that_is_said() -> None:
+    turned = WeightRule(
+        "embed", "embed", (10, 4), transform=lambda x: x.T, transformed=(4, 10), offset=1
+    )
+    table = WeightTable((*TABLE.rules[:2], turned, WeightRule("first", "embed", (1, 10))))
+    first = np.ones((1, 10), np.float32)
+    loaded = load({**TENSORS, "first": first}, table, {**ABSTRACT, "embed": info(5, 10)})
+    np.testing.assert_array_equal(loaded["embed"], np.concatenate([first, EMBED.T]))
+    lying = replace(turned, transformed=(4, 10), transform=lambda x: x)
+    with pytest.raises(LoadError, match="changed its shape to"):
+        table = WeightTable((*TABLE.rules[:2], lying, table.rules[3]))
+        load({**TENSORS, "first": first}, table, {**ABSTRACT, "embed": info(5, 10)})
+
+
 def test_large_sources_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "CHUNK_BYTES", 3 * 4 * 4)  # three rows of four float32
     source = DictSource(TENSORS)

@@ -9,12 +9,14 @@ import pytest
 
 from jengine.pallas_kernels import native
 from jengine.pallas_kernels.grouped_matmul import reference
+from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.grouped_matmul.cases import CASES, Case
 from jengine.pallas_kernels.grouped_matmul.tiles import build_tiles, tile_rows
 from jengine.pallas_kernels.linear import cpu_ffi
 from jengine.pallas_kernels.linear import reference as linear_reference
 from jengine.pallas_kernels.silu_mul import reference as silu_reference
 
+CLAMPED = ClampedSwiGLU(alpha=1.7, limit=0.8)
 EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
 
 
@@ -30,11 +32,14 @@ def expert_mlp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(reference, "linear", cpu_ffi.linear)
 
     # A function object of its own: jit keeps traces by it, and the patches are not in its key.
-    call = jax.jit(lambda *args, num_tokens: reference.expert_mlp(*args, num_tokens=num_tokens))
+    call = jax.jit(
+        lambda *args, **options: reference.expert_mlp(*args, **options),
+        static_argnames="activation",
+    )
 
-    def run(x, *args, num_tokens=None):
+    def run(x, *args, num_tokens=None, **options):
         num_tokens = jnp.int32(len(x) if num_tokens is None else num_tokens)
-        return np.asarray(call(x, *args, num_tokens=num_tokens))
+        return np.asarray(call(x, *args, num_tokens=num_tokens, **options))
 
     return run
 
@@ -44,14 +49,27 @@ def arguments(case: Case, seed: int = 0) -> tuple[np.ndarray, ...]:
     return x.astype(case.dtype), ids, weights, gate_up.astype(case.dtype), down.astype(case.dtype)
 
 
-def float64(x, ids, weights, gate_up, down) -> np.ndarray:
+def silu_product(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def clamped_product(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    gate, up = np.minimum(gate, CLAMPED.limit), np.clip(up, -CLAMPED.limit, CLAMPED.limit)
+    return gate / (1 + np.exp(-CLAMPED.alpha * gate)) * (up + 1)
+
+
+def float64(
+    x, ids, weights, gate_up, down, gate_up_bias=None, down_bias=None, product=silu_product
+) -> np.ndarray:
     """Token by token, expert by expert."""
     x, weights, gate_up, down = (a.astype(np.float64) for a in (x, weights, gate_up, down))
+    gate_up_bias = np.zeros(gate_up.shape[:2]) if gate_up_bias is None else gate_up_bias
+    down_bias = np.zeros(down.shape[:2]) if down_bias is None else down_bias
     out = np.zeros(x.shape)
     for t in range(len(x)):
         for e, weight in zip(ids[t], weights[t], strict=True):
-            gate, up = np.split(gate_up[e] @ x[t], 2)
-            out[t] += weight * (down[e] @ (gate / (1 + np.exp(-gate)) * up))
+            gate, up = np.split(gate_up[e] @ x[t] + gate_up_bias[e], 2)
+            out[t] += weight * (down[e] @ product(gate, up) + down_bias[e])
     return out
 
 
@@ -64,6 +82,23 @@ def test_equals_float64(expert_mlp: Callable, case: Case) -> None:
     tolerance = 3 * EPS[case.dtype] * case.top_k**0.5 + 8 * EPS["float32"] * case.embed
     expected = float64(*args)
     assert np.abs(out.astype(np.float64) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("activation", [None, CLAMPED])
+def test_biases_and_another_activation(
+    expert_mlp: Callable, activation: ClampedSwiGLU | None
+) -> None:
+    case = Case(20, 3, 8, dtype="float32")
+    args = arguments(case)
+    rng = np.random.default_rng(5)
+    gate_up_bias = rng.standard_normal((8, 2 * case.mlp), np.float32)
+    down_bias = rng.standard_normal((8, case.embed), np.float32)
+    out = expert_mlp(
+        *args, gate_up_bias_EF=gate_up_bias, down_bias_ED=down_bias, activation=activation
+    )
+    product = silu_product if activation is None else clamped_product
+    expected = float64(*args, gate_up_bias=gate_up_bias, down_bias=down_bias, product=product)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
