@@ -32,6 +32,7 @@ DEFAULTS = {  # where config.json may be silent and means something else than Ll
     "rms_norm_eps": 1e-5,
     "rope_theta": 150000.0,
     "attention_bias": True,
+    "num_local_experts": 128,
     "num_experts_per_tok": 4,
 }
 YARN = {

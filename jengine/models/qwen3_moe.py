@@ -21,6 +21,7 @@ DEFAULTS = {  # where config.json may be silent and means something else than Ll
     "max_position_embeddings": 32768,
     "use_sliding_window": False,
     "sliding_window": 4096,
+    "num_experts": 128,
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
 }

@@ -28,7 +28,8 @@ class SparseConfig(DecoderConfig):
         dense = DecoderConfig.from_hf(
             hf, dtype=dtype, kv_dtype=kv_dtype, max_model_len=max_model_len
         )
-        experts = "num_experts" if "num_experts" in hf else "num_local_experts"
+        # transformers 5 writes the second name, and takes either
+        experts = "num_local_experts" if "num_local_experts" in hf else "num_experts"
         moe = MoEConfig(
             num_experts=fields.integer(experts),
             num_experts_per_tok=fields.integer("num_experts_per_tok"),

@@ -43,6 +43,29 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2-of-2024": ("Cohere2", dict(sliding_window_pattern=3, rope_theta=5e4)),
     "glm4": ("Glm4", {}),
     "glm4-whole-heads": ("Glm4", dict(partial_rotary_factor=1.0)),
+    "mixtral": ("Mixtral", {}),
+    "mixtral-window": ("Mixtral", dict(sliding_window=4096, num_local_experts=4)),
+    "qwen2-moe": ("Qwen2Moe", {}),
+    "qwen2-moe-windows": ("Qwen2Moe", dict(use_sliding_window=True, sliding_window=64)),
+    "qwen3-moe": ("Qwen3Moe", {}),
+    "qwen3-moe-some-sparse": (
+        "Qwen3Moe",
+        dict(
+            num_experts=64, decoder_sparse_step=3, mlp_only_layers=[2, 3], norm_topk_prob=True,
+            use_sliding_window=True, sliding_window=64, max_window_layers=5,
+        ),
+    ),
+    "gpt-oss": ("GptOss", {}),
+    "gpt-oss-of-2025": (
+        "GptOss",
+        dict(
+            num_local_experts=32, swiglu_limit=7.0, rope_theta=150000,
+            rope_scaling={
+                "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                "truncate": False, "original_max_position_embeddings": 4096,
+            },
+        ),
+    ),
 }  # fmt: skip
 
 
