@@ -15,6 +15,7 @@ class KVKind(StrEnum):
 
     FULL = "full"  # every token keeps its entry
     SLIDING_WINDOW = "sliding_window"  # only the last `window` tokens are read
+    MLA = "mla"  # every token keeps one latent entry, which all heads read as key and value
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class KVSpec:
     """
 
     kind: KVKind
-    entry_shape: tuple[int, ...]  # (2, K, H) for keys and values
+    entry_shape: tuple[int, ...]  # (2, K, H) for keys and values; (E,) for a latent
     dtype: str
     itemsize: int
     window: int | None = None

@@ -1,0 +1,3 @@
+from jengine.pallas_kernels.linear_heads.api import linear_heads
+
+__all__ = ["linear_heads"]
