@@ -51,3 +51,12 @@ class LMHead(nnx.Module):
 def logits(hidden_SD: jax.Array, head_VD: jax.Array, num_seqs: jax.Array) -> jax.Array:
     """float32 logits of the rows that sample."""
     return linear(hidden_SD, head_VD, None, num_tokens=num_seqs, out_dtype=jnp.float32)
+
+
+def scaled(x_TD: jax.Array, factor: float) -> jax.Array:
+    """`x * factor`, rounded before anything is added to it. Without the barrier XLA:CPU makes fused
+    multiply-adds of the two in some shapes and not in others: a row's bits would depend on its
+    batch.
+    """
+    product_TD = (x_TD.astype(jnp.float32) * factor).astype(x_TD.dtype)
+    return jax.lax.optimization_barrier(product_TD)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 
 from jengine.layers.attention import AttentionMetadata
+from jengine.layers.linear import scaled
 from jengine.models.decoder_config import DecoderConfig
 from jengine.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 
@@ -49,12 +49,10 @@ class GraniteDecoderLayer(LlamaDecoderLayer):
         attended_TD, kv_pages = self.self_attn(
             self.input_layernorm(x_TD, metadata.num_tokens), kv_pages, metadata, rotation
         )
-        x_TD = x_TD + self.scaled(attended_TD)
+        x_TD = x_TD + scaled(attended_TD, self.residual_multiplier)
         normed_TD = self.post_attention_layernorm(x_TD, metadata.num_tokens)
-        return x_TD + self.scaled(self.mlp(normed_TD, metadata.num_tokens)), kv_pages
-
-    def scaled(self, x_TD: jax.Array) -> jax.Array:
-        return (x_TD.astype(jnp.float32) * self.residual_multiplier).astype(x_TD.dtype)
+        fed_TD = self.mlp(normed_TD, metadata.num_tokens)
+        return x_TD + scaled(fed_TD, self.residual_multiplier), kv_pages
 
 
 class GraniteForCausalLM(LlamaForCausalLM):

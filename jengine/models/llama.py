@@ -11,7 +11,7 @@ from flax import nnx
 from jengine.kv_spec import KVKind, KVSpec
 from jengine.layers.attention import AttentionMetadata, rotary_paged_attention
 from jengine.layers.gated import Activation, gated_product
-from jengine.layers.linear import Embedding, Linear, LMHead
+from jengine.layers.linear import Embedding, Linear, LMHead, scaled
 from jengine.layers.linear import logits as head_logits
 from jengine.layers.norm import RMSNorm
 from jengine.layers.rope import rope_cos_sin
@@ -170,7 +170,7 @@ class LlamaForCausalLM(nnx.Module):
 
     def embed(self, token_ids_T: jax.Array) -> jax.Array:
         x_TD, scale = self.embed_tokens(token_ids_T), self.cfg.embedding_scale
-        return x_TD if scale == 1.0 else (x_TD.astype(jnp.float32) * scale).astype(x_TD.dtype)
+        return x_TD if scale == 1.0 else scaled(x_TD, scale)
 
     def logits(self, hidden_SD: jax.Array, num_seqs: jax.Array) -> jax.Array:
         """float32 [S, V] of rows that `__call__` gave."""

@@ -49,8 +49,8 @@ CASES = {
     "gemma2": Case(
         "Gemma2",
         dict(
-            head_dim=32, sliding_window=12, query_pre_attn_scalar=24, tie_word_embeddings=True,
-            attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+            hidden_size=48, head_dim=32, sliding_window=12, query_pre_attn_scalar=24,
+            tie_word_embeddings=True, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
         ),
         groups=2,
     ),

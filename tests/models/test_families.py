@@ -1,5 +1,6 @@
 """Every dense family against Hugging Face transformers in float32: whole, in chunks, token by token
-through the paged step; and each of its parameters is seen to matter.
+through the paged step, with the same bits however it is cut; and each of its parameters is seen to
+matter.
 """
 
 from pathlib import Path
@@ -15,12 +16,14 @@ from jengine.layers.param import abstract_parameters
 from jengine.models.registry import resolve_architecture
 from jengine.runtime.forward import build_forward
 from jengine.runtime.step import StepSpec, build_score
+from tests.oracles.driver import Driver
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from tests.models.families import (  # imports both
     CASES,
+    CHUNKS,
     TOKENS,
     TOLERANCE,
     build,
@@ -36,11 +39,23 @@ def test_logits_match_transformers(name: str, tmp_path: Path) -> None:
     assert len(driver.runner.groups) == CASES[name].groups
     expected = expected_logits(hf_model)
     assert max(errors(driver, expected)) <= TOLERANCE
+    assert not changed_bits(driver)
     # The comparison can fail: the same oracle with any one weight permuted is another model.
     got = driver.logits(TOKENS, [len(TOKENS)])
     unseen = [n for n, e in permuted(hf_model) if np.abs(got - e).max() <= 10 * TOLERANCE]
     assert not unseen
     check_bfloat16(driver.loaded.checkpoint.hf_config)
+
+
+def changed_bits(driver: Driver) -> list[list[int]]:
+    """The cuts of the text that give a hidden state other bits."""
+    driver.logits(TOKENS, CHUNKS[0])
+    whole, changed = driver.hidden, []
+    for chunks in CHUNKS[1:]:
+        driver.logits(TOKENS, chunks)
+        if not np.array_equal(driver.hidden, whole):
+            changed.append(chunks)
+    return changed
 
 
 def check_bfloat16(hf_config: dict) -> None:

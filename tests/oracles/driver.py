@@ -26,6 +26,7 @@ class Driver:
         self.runner = load_runner(self.config)
         self.loaded = self.runner.blueprint.model
         self.step_logits: list[np.ndarray] = []
+        self.hidden = np.zeros((0, 0))
         self.reset()
 
     def reset(self) -> None:
@@ -39,20 +40,23 @@ class Driver:
 
     def logits(self, token_ids: Sequence[int], chunks: Sequence[int]) -> np.ndarray:
         """float32 [len(token_ids), V]: logits of every position, the text given in `chunks`
-        (sizes). The step's own, of each chunk's last position, are left in `step_logits`.
+        (sizes). The steps' own, of each chunk's last position, are left in `step_logits`, and the
+        hidden states of all positions in `hidden`.
         """
         pages = -(-len(token_ids) // self.config.cache.page_size)
         tables = tuple(list(range(1, pages + 1)) for _ in self.runner.groups)
         request = Request("teacher", list(token_ids), SamplingParams(temperature=0))
-        rows, start = [], 0
+        rows, hidden, start = [], [], 0
         self.step_logits = []
         for step, size in enumerate(chunks):
             item = ScheduledRequest(request, 0, start, size, tables, True, step == 0)
             handle = self.runner.dispatch(StepPlan(step, (item,), size))
             rows.append(self.all_logits(handle)[:size])
+            hidden.append(np.asarray(handle.output.hidden)[:size])
             self.step_logits.append(np.asarray(handle.output.logits)[0])
             start += size
         assert start == len(token_ids)
+        self.hidden = np.concatenate(hidden)
         return np.concatenate(rows)
 
     def all_logits(self, handle: StepHandle) -> np.ndarray:
