@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from jengine.errors import LoadError
+from jengine.input_processor import TokensPrompt
 from jengine.layers import moe
+from jengine.llm import LLM
 from jengine.models.registry import resolve_architecture
+from jengine.request import SamplingParams
 from tests.oracles.driver import Driver
 from tests.oracles.tiny_llama import make_tiny_llama
 
@@ -187,6 +190,22 @@ def routed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, np.ndarray]]:
 
     monkeypatch.setattr(moe, "route", recording)
     return seen
+
+
+def test_neighbours_change_no_token(tmp_path: Path) -> None:
+    """Requests that share experts, in bfloat16: each alone, and all together."""
+    make_tiny_llama(tmp_path, **CASES["qwen3"])
+    prompts = [TokensPrompt(prompt_token_ids=[5 + i, 6, 7, 9 * i]) for i in range(4)]
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    with LLM(
+        str(tmp_path), dtype="bfloat16", skip_tokenizer_init=True, num_pages=32, max_num_seqs=4,
+        max_num_batched_tokens=32, keep_executables=False,
+    ) as llm:  # fmt: skip
+        together = llm.generate(prompts, params)
+        alone = [llm.generate([prompt], params)[0] for prompt in prompts]
+    tokens = [[output.outputs[0].token_ids for output in outputs] for outputs in (together, alone)]
+    assert tokens[0] == tokens[1]
+    assert len({tuple(ids) for ids in tokens[0]}) == 4
 
 
 def test_another_activation_is_refused() -> None:
