@@ -41,6 +41,7 @@ class WeightRule:
         False  # where the source is absent, the target's rows keep their initial ones or zeros
     )
     transformed: tuple[int, ...] | None = None  # shape that the transform gives, if it is another
+    is_part: bool = False  # the transform takes a part, other rules of the same source the rest
 
     @property
     def filled(self) -> tuple[int, ...]:
@@ -138,8 +139,8 @@ def rows_shape(shape: tuple[int, ...], rule: WeightRule) -> tuple[int, ...]:
 
 
 def _match(names: Iterable[str], table: WeightTable) -> Iterable[tuple[str, WeightRule, str, str]]:
-    """(source, its only rule, layer index, expert index) of every source that is not ignored; an
-    index is empty where the rule has none.
+    """(source, its rule, layer index, expert index) of every source that is not ignored; an index
+    is empty where the rule has none. A source has one rule, or several that each take a part.
     """
     exact: dict[str, list[WeightRule]] = {}
     patterns: list[tuple[re.Pattern[str], WeightRule]] = []
@@ -152,19 +153,20 @@ def _match(names: Iterable[str], table: WeightTable) -> Iterable[tuple[str, Weig
         else:
             exact.setdefault(rule.source, []).append(rule)
     for name in names:
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in table.ignored):
+            continue
         found: list[tuple[WeightRule, dict[str, str]]] = [
             (rule, {}) for rule in exact.get(name, ())
         ]
         found += [
             (rule, m.groupdict()) for pattern, rule in patterns if (m := pattern.fullmatch(name))
         ]
-        if len(found) > 1:
-            raise LoadError(f"tensor {name!r} is matched by {len(found)} rules")
-        if found:
-            rule, indices = found[0]
-            yield name, rule, indices.get("layer", ""), indices.get("expert", "")
-        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in table.ignored):
+        if not found:
             raise LoadError(f"tensor {name!r} of the checkpoint is matched by no rule")
+        if len(found) > 1 and not all(rule.is_part for rule, _ in found):
+            raise LoadError(f"tensor {name!r} is matched by {len(found)} rules")
+        for rule, indices in found:
+            yield name, rule, indices.get("layer", ""), indices.get("expert", "")
 
 
 def _check_fits(

@@ -148,12 +148,13 @@ def mlp_rules(cfg: DecoderConfig, names: TensorNames) -> list[WeightRule]:
     ]
 
 
-def undo_rotary_pairs(heads: int, head_dim: int, rotary_dim: int) -> Transform:
+def undo_rotary_pairs(heads: int, head_dim: int, rotary_dim: int, first: int = 0) -> Transform:
     """For q and k rows whose rotary pairs lie side by side: the first half of the pairs first, as
-    they rotate here. Rows of a head from `rotary_dim` on do not rotate and stay.
+    they rotate here. Rows of a head outside `first:first + rotary_dim` do not rotate and stay.
     """
     order = np.arange(head_dim)
-    order[:rotary_dim] = order[:rotary_dim].reshape(-1, 2).T.reshape(-1)
+    rotary = slice(first, first + rotary_dim)
+    order[rotary] = order[rotary].reshape(-1, 2).T.reshape(-1)
 
     def transform(rows: np.ndarray) -> np.ndarray:
         return rows.reshape(heads, head_dim, *rows.shape[1:])[:, order].reshape(rows.shape)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jengine.layers.moe import route
+from jengine.layers.moe import GroupedRouting, route, route_grouped
 
 SIZES = ((1, 1), (2, 1), (8, 2), (60, 4), (128, 8), (129, 3))
 
@@ -50,5 +50,62 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(
     for rows in (1, 2, 3, 7, 31):
         for first in (0, 64 - rows):
             part = call(logits[first : first + rows], top_k, renormalise)
+            for got, expected in zip(part, whole, strict=True):
+                np.testing.assert_array_equal(got, expected[first : first + rows])
+
+
+GROUPED = (
+    (16, 4, GroupedRouting("softmax", scale=1.5)),
+    (24, 3, GroupedRouting("softmax", num_groups=4, top_groups=2, scale=16.0)),
+    (64, 6, GroupedRouting("sigmoid", num_groups=8, top_groups=4, scale=2.5, has_bias=True)),
+    (24, 5, GroupedRouting("sigmoid", has_bias=True)),
+    (24, 5, GroupedRouting("sigmoid", num_groups=3, top_groups=1)),
+)
+
+
+def call_grouped(
+    logits: np.ndarray, bias: np.ndarray | None, top_k: int, routing: GroupedRouting, renorm: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    ids, weights = jax.jit(lambda x, b: route_grouped(x, b, top_k, routing, renormalise=renorm))(
+        logits, bias
+    )
+    return np.asarray(ids), np.asarray(weights)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(("experts", "top_k", "routing"), GROUPED)
+def test_grouped_equals_float64(
+    experts: int, top_k: int, routing: GroupedRouting, renormalise: bool
+) -> None:
+    """One row, one group at a time."""
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.standard_normal((33, experts), np.float32)
+    bias = 0.3 * rng.standard_normal(experts, np.float32) if routing.has_bias else None
+    ids, weights = call_grouped(logits, bias, top_k, routing, renormalise)
+    size = experts // routing.num_groups
+    for t, row in enumerate(logits.astype(np.float64)):
+        powers = np.exp(row - row.max())
+        scores = powers / powers.sum() if routing.scoring == "softmax" else 1 / (1 + np.exp(-row))
+        choice = scores if bias is None else scores + bias
+        groups = choice.reshape(-1, size)
+        worth = [np.sort(g)[::-1][: 1 if bias is None else 2].sum() for g in groups]
+        best = np.argsort(worth)[::-1][: routing.top_groups]
+        allowed = [e for e in range(experts) if e // size in best]
+        expected = sorted(allowed, key=lambda e: -choice[e])[:top_k]
+        np.testing.assert_array_equal(ids[t], expected)
+        exact = scores[expected] / (scores[expected].sum() if renormalise else 1.0)
+        np.testing.assert_allclose(weights[t], exact * routing.scale, rtol=3e-6)
+
+
+@pytest.mark.parametrize(("experts", "top_k", "routing"), GROUPED)
+def test_bits_of_a_grouped_row_do_not_depend_on_the_batch(
+    experts: int, top_k: int, routing: GroupedRouting
+) -> None:
+    logits = 3 * np.random.default_rng(1).standard_normal((64, experts), np.float32)
+    bias = logits[0] / 10 if routing.has_bias else None
+    whole = call_grouped(logits, bias, top_k, routing, True)
+    for rows in (1, 2, 3, 7, 31):
+        for first in (0, 64 - rows):
+            part = call_grouped(logits[first : first + rows], bias, top_k, routing, True)
             for got, expected in zip(part, whole, strict=True):
                 np.testing.assert_array_equal(got, expected[first : first + rows])

@@ -133,6 +133,33 @@ def test_transform_may_change_the_shape_to_one_that_is_said() -> None:
         load({**TENSORS, "first": first}, table, {**ABSTRACT, "embed": info(5, 10)})
 
 
+def test_parts_of_one_source_fill_several_parameters() -> None:
+    rules_of_parts = tuple(
+        WeightRule("l.{i}.q", f"layers.{{i}}.{target}", (6, 4), transform=transform,
+                   transformed=shape, is_part=True)
+        for target, transform, shape in (
+            ("head", lambda rows: rows[:2].T, (4, 2)),
+            ("tail", lambda rows: rows[2:], (4, 4)),
+        )
+    )  # fmt: skip
+    abstract = {"layers.0.head": info(4, 2), "layers.0.tail": info(4, 4)}
+    loaded = load({"l.0.q": Q}, WeightTable(rules_of_parts), abstract)
+    np.testing.assert_array_equal(loaded["layers.0.head"], Q[:2].T)
+    np.testing.assert_array_equal(loaded["layers.0.tail"], Q[2:])
+    whole = replace(rules_of_parts[0], is_part=False)
+    with pytest.raises(LoadError, match=r"'l\.0\.q' is matched by 2 rules"):
+        load({"l.0.q": Q}, WeightTable((whole, rules_of_parts[1])), abstract)
+    with pytest.raises(LoadError, match=r"'l\.0\.q' is missing"):
+        load({}, WeightTable(rules_of_parts), abstract)
+
+
+def test_ignored_sources_are_skipped_though_a_rule_matches_them() -> None:
+    tensors = {**TENSORS, "l.2.q": Q}
+    with pytest.raises(LoadError, match=r"'l\.2\.q' would fill"):
+        load(tensors)
+    assert list(load(tensors, replace(TABLE, ignored=("l.2.*",)))) == list(ABSTRACT)
+
+
 def test_large_sources_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "CHUNK_BYTES", 3 * 4 * 4)  # three rows of four float32
     source = DictSource(TENSORS)

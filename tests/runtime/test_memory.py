@@ -24,6 +24,7 @@ from tests.oracles.dummy_model import write_dummy_model
 
 FULL = KVSpec(KVKind.FULL, (2, 4, 64), "bfloat16", 2)
 WINDOW = KVSpec(KVKind.SLIDING_WINDOW, (2, 4, 64), "bfloat16", 2, window=512)
+LATENT = KVSpec(KVKind.MLA, (512 + 64,), "bfloat16", 2)  # DeepSeek's
 
 
 MIB = 1 << 20
@@ -40,6 +41,12 @@ def _plan(groups: tuple[KVGroup, ...], num_bytes: int) -> tuple[int, ...]:
         max_model_len=32768,
         max_chunk=1024,
     )
+
+
+def test_latents_take_one_entry_a_token() -> None:
+    """DeepSeek-V2-Lite's 27 layers; its 16 heads of 192 and 128 would take nine times as much."""
+    (pages,) = _plan(build_groups([LATENT] * 27, 16), 1 << 30)
+    assert pages == (1 << 30) // (16 * 27 * 576 * 2)
 
 
 def test_groups_share_the_bytes_by_what_a_long_request_holds() -> None:
