@@ -35,18 +35,17 @@ def bucket_options(options: Options, num_tokens: int, num_seqs: int) -> Options:
 
     Long prompts do without graphs: their kernels are long enough to be launched one by one,
     unnoticed, while bringing a graph of hundreds of nodes up to date delays the first token by
-    milliseconds (1,024 tokens of Llama 8B: 24.5 ms without, 128 tokens: 13.4 ms, 9.9 with).
+    milliseconds (1,024 tokens of Llama 8B: 24.5 ms without, 128 tokens: 13.4 ms, 9.9 with). And
+    XLA's own matrix kernels stay out of them: cuBLASLt adds the residual in its epilogue and has
+    little to tune. It has no product of fewer than 8 rows into float32, though.
 
-    From 64 rows on, XLA's own matrix kernels stay out: cuBLASLt adds the residual in its epilogue
-    (a decode step of Llama 8B at 64 sequences takes 9.3 ms, not 10.0) and has little to tune. With
-    few rows XLA's are faster, and cuBLASLt has no product of fewer than 8 rows into float32.
+    Inside of a graph it is the other way round. A call of cuBLASLt is a graph within the graph, and
+    costs about 6 us beside its kernel, which XLA's matrix kernels do not.
     """
-    if not options:
+    if not options or num_tokens == num_seqs or num_tokens <= GRAPH_TOKENS:
         return options
-    changes: Options = {}
-    if num_tokens != num_seqs and num_tokens > GRAPH_TOKENS:
-        changes["xla_gpu_enable_command_buffer"] = ""
-    if num_tokens >= 64 and num_seqs >= 8:
+    changes: Options = {"xla_gpu_enable_command_buffer": ""}
+    if num_seqs >= 8:
         changes["xla_gpu_enable_triton_gemm"] = False
     return options | changes
 
