@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from jengine.request import SamplingParams
+from tests.oracles.arrivals import Arrival, arrivals
 from tests.oracles.core_pump import CorePump
 from tests.oracles.dummy_model import VOCAB_SIZE, write_dummy_model
 
@@ -41,29 +41,7 @@ PARAMS = [
 ]  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Arrival:
-    prompt_seed: int
-    prompt_length: int
-    params: int
-    seed: int
-    turns_before: int
-    abort_after: int | None
-
-
-ARRIVALS = st.lists(
-    st.builds(
-        Arrival,
-        prompt_seed=st.integers(0, 3),  # few: prefixes are shared
-        prompt_length=st.integers(1, 90),
-        params=st.integers(0, len(PARAMS) - 1),
-        seed=st.integers(0, 2**63 - 1),
-        turns_before=st.integers(0, 4),
-        abort_after=st.one_of(st.none(), st.none(), st.integers(0, 6)),
-    ),
-    min_size=1,
-    max_size=7,
-)
+ARRIVALS = arrivals(len(PARAMS), max_length=90, max_turns=4, max_size=7)
 _alone: dict[Arrival, list[int]] = {}
 
 

@@ -1,6 +1,5 @@
 """Several decode steps in one dispatch give the tokens that single steps give, bit for bit."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from jengine.core.plan import StepPlan
 from jengine.request import SamplingParams
 from jengine.runtime.decode_steps import choose_max_decode_steps
+from tests.oracles.arrivals import Arrival, arrivals
 from tests.oracles.core_pump import CorePump
 from tests.oracles.dummy_model import VOCAB_SIZE, write_dummy_model
 
@@ -79,29 +78,7 @@ def _clean(pair: Pair) -> Iterator[None]:
     pair.plans.clear()
 
 
-@dataclasses.dataclass(frozen=True)
-class Arrival:
-    prompt_seed: int
-    prompt_length: int
-    params: int
-    seed: int
-    turns_before: int
-    abort_after: int | None
-
-
-ARRIVALS = st.lists(
-    st.builds(
-        Arrival,
-        prompt_seed=st.integers(0, 3),  # few: prefixes are shared
-        prompt_length=st.integers(1, 70),
-        params=st.integers(0, len(PARAMS) - 1),
-        seed=st.integers(0, 2**63 - 1),
-        turns_before=st.integers(0, 9),
-        abort_after=st.one_of(st.none(), st.none(), st.integers(0, 6)),
-    ),
-    min_size=1,
-    max_size=6,
-)
+ARRIVALS = arrivals(len(PARAMS), max_length=70, max_turns=9, max_size=6)
 
 
 @given(ARRIVALS)
