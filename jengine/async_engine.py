@@ -23,7 +23,7 @@ from jengine.front_end import build_model_info, check_greeting
 from jengine.input_processor import SEED_BITS, InputProcessor, PreparedRequest, Prompt
 from jengine.loading.checkpoint import open_checkpoint
 from jengine.model_info import ModelInfo
-from jengine.output_processor import OutputProcessor, RequestState
+from jengine.output_processor import OutputProcessor
 from jengine.outputs import RequestOutput
 from jengine.protocol import (
     AbortRequests,
@@ -36,6 +36,7 @@ from jengine.protocol import (
     UtilityResult,
 )
 from jengine.request import FinishReason, SamplingParams
+from jengine.request_stream import RequestStream
 from jengine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class AsyncEngine:
         self._client = client
         self._loop = asyncio.get_running_loop()
         self._greeting: asyncio.Future[CoreReady] = self._loop.create_future()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, RequestStream] = {}
         self._starting: set[str] = set()  # ids being tokenised
         self._calls: dict[int, asyncio.Future[UtilityResult]] = {}
         self._num_calls = 0
@@ -168,10 +169,10 @@ class AsyncEngine:
         self._check_accepts()  # much may have happened meanwhile
         return prepared
 
-    def _start(self, prepared: PreparedRequest, deadline: float | None) -> "_Stream":
+    def _start(self, prepared: PreparedRequest, deadline: float | None) -> RequestStream:
         if deadline is not None and deadline <= time.monotonic():
             raise TimeoutError("the deadline had passed before the request started")
-        stream = _Stream(self._outputs.add(prepared))
+        stream = RequestStream(self._outputs.add(prepared))
         if deadline is not None:
             delay = deadline - time.monotonic()
             stream.timer = self._loop.call_later(delay, self._expire, stream)
@@ -181,7 +182,7 @@ class AsyncEngine:
             self._client.send(child)
         return stream
 
-    def _close(self, stream: "_Stream") -> None:
+    def _close(self, stream: RequestStream) -> None:
         """The reader has left: after the last output, or (cancelled, closed) before it."""
         request_id = stream.state.request_id
         self._finish(request_id, FinishReason.ABORT)
@@ -197,7 +198,7 @@ class AsyncEngine:
         if (stream := self._streams.get(request_id)) is not None:
             stream.wake()
 
-    def _expire(self, stream: "_Stream") -> None:
+    def _expire(self, stream: RequestStream) -> None:
         if not stream.state.is_finished:
             stream.fail(TimeoutError("the request's deadline has passed"))
             self._finish(stream.state.request_id, FinishReason.ABORT)
@@ -370,34 +371,6 @@ class AsyncEngine:
             if not future.done():
                 future.set_exception(EngineDeadError(reason))
                 future.exception()  # counts as seen, also if nobody waits any more
-
-
-class _Stream:
-    """The reader's end of a request: a state that grows, and a bell."""
-
-    def __init__(self, state: RequestState) -> None:
-        self.state = state
-        self.timer: asyncio.TimerHandle | None = None
-        self._error: Exception | None = None
-        self._bell = asyncio.Event()
-
-    def wake(self) -> None:
-        self._bell.set()
-
-    def fail(self, error: Exception) -> None:
-        """Make the reader raise."""
-        self._error = error
-        self._bell.set()
-
-    async def next(self) -> RequestOutput:
-        """Wait for news. Raises the request's error."""
-        while True:
-            if (error := self._error or self.state.error) is not None:
-                raise error
-            if (output := self.state.take()) is not None:
-                return output
-            self._bell.clear()
-            await self._bell.wait()
 
 
 def _is_short(prompt: Any) -> bool:

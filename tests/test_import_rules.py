@@ -64,6 +64,7 @@ FRONT_END = frozenset(
         "metrics_reader",
         "model_info",
         "output_processor",
+        "request_stream",
         "sync_engine",
         "vllm_compat",
     )
