@@ -80,6 +80,9 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(0.2 * noise)
         else:
             parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # of checkpoints: a parameter but in name
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
 def train_tiny_tokenizer() -> tokenizers.Tokenizer:

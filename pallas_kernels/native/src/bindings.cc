@@ -1,6 +1,7 @@
 // XLA FFI handlers: check arguments, pick the element types, call the kernels.
 #include <sched.h>
 
+#include <algorithm>
 #include <string>
 
 #include "attention.h"
@@ -86,8 +87,8 @@ ffi::Error run_kv_write(ffi::AnyBuffer pages, ffi::AnyBuffer k, ffi::AnyBuffer v
   if (out->untyped_data() != pages.untyped_data()) {
     return ffi::Error::Internal("jengine_kv_write: the result is not the pages' own buffer");
   }
-  const auto shape = pages.dimensions();  // [P, B, 2, K, H]
-  const int64_t width = shape[3] * shape[4], num_slots = shape[0] * shape[1];
+  const auto shape = pages.dimensions();  // [P, B, 2, K, H], or [P, B, E]: k and v are the halves of an entry
+  const int64_t num_slots = shape[0] * shape[1], width = pages.element_count() / std::max<int64_t>(1, 2 * num_slots);
   const int64_t tokens = clamp(num_tokens.typed_data()[0], slots.element_count());
   return with_type(pages, [&](auto* page) {
     return with_type(k, [&](auto* entry) {
