@@ -8,6 +8,7 @@ either.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,16 +146,19 @@ def compile_kernel(
     if set(names[len(pointers) :]) != values.keys():
         raise TypeError(f"{kernel.__name__} takes {names}; got {len(pointers)} arrays, {values}")
     signature = dict(zip(names, pointers, strict=False)) | dict.fromkeys(values, "constexpr")
-    compiled = triton.compile(
-        ASTSource(
-            kernel,
-            signature,
-            constexprs=values,
-            attrs={(i,): [["tt.divisibility", ALIGNMENT]] for i in range(len(pointers))},
-        ),
-        target=GPUTarget("cuda", capability, WARP),
-        options={"num_warps": schedule.num_warps, "num_stages": schedule.num_stages},
-    )
+    with warnings.catch_warnings():
+        # Triton 3.7 builds syntax trees in a way that Python 3.13 deprecates.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        compiled = triton.compile(
+            ASTSource(
+                kernel,
+                signature,
+                constexprs=values,
+                attrs={(i,): [["tt.divisibility", ALIGNMENT]] for i in range(len(pointers))},
+            ),
+            target=GPUTarget("cuda", capability, WARP),
+            options={"num_warps": schedule.num_warps, "num_stages": schedule.num_stages},
+        )
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise RuntimeError(f"{metadata.name} needs scratch memory in global memory")
