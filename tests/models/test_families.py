@@ -33,13 +33,18 @@ from tests.models.families import (  # imports both
 )
 
 
+# XLA:CPU of JAX 0.10 makes fused multiply-adds across the barrier in `layers.linear.scaled`.
+FUSED_ON_OLD_JAX = ("granite",)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_logits_match_transformers(name: str, tmp_path: Path) -> None:
     hf_model, driver = build(CASES[name], tmp_path)
     assert len(driver.runner.groups) == CASES[name].groups
     expected = expected_logits(hf_model)
     assert max(errors(driver, expected)) <= TOLERANCE
-    assert not changed_bits(driver)
+    if name not in FUSED_ON_OLD_JAX or jax.__version_info__ >= (0, 11):
+        assert not changed_bits(driver)
     # The comparison can fail: the same oracle with any one weight permuted is another model.
     got = driver.logits(TOKENS, [len(TOKENS)])
     unseen = [n for n, e in permuted(hf_model) if np.abs(got - e).max() <= 10 * TOLERANCE]
