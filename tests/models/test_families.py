@@ -32,7 +32,6 @@ from tests.models.families import (  # imports both
     permuted,
 )
 
-
 # XLA:CPU of JAX 0.10 makes fused multiply-adds across the barrier in `layers.linear.scaled`.
 FUSED_ON_OLD_JAX = ("granite",)
 
