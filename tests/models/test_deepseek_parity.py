@@ -142,7 +142,7 @@ def test_neighbours_and_prefix_hits_change_no_token(tmp_path: Path) -> None:
     ) as llm:  # fmt: skip
         together = llm.generate(prompts, params)
         alone = [llm.generate([prompt], params)[0] for prompt in prompts]
-    assert all(output.num_cached_tokens >= 16 for output in alone)
+    assert all((output.num_cached_tokens or 0) >= 16 for output in alone)
     found = [[output.outputs[0].token_ids for output in outputs] for outputs in (together, alone)]
     assert found[0] == found[1]
     assert len({tuple(ids) for ids in found[0]}) > 1
