@@ -30,7 +30,7 @@ class AttentionMetadata:
 
 
 def rotary_paged_attention(
-    qkv_TXH: jax.Array,
+    qkv_PTXH: jax.Array,
     rotation: tuple[jax.Array, jax.Array],
     kv_pages: jax.Array,
     metadata: AttentionMetadata,
@@ -44,15 +44,15 @@ def rotary_paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of the step's tokens over their contexts, new tokens included.
 
-    `qkv` holds the heads of queries, keys and values as projected; `rotation` is `rope_cos_sin`'s;
-    `head_norms` (of queries, of keys) come before it. `kv_pages` is [P, B, 2, K, H] and is
-    consumed: the caller keeps only the returned array, which aliases it. Returns (out [T, N, H],
-    kv_pages).
+    `qkv` holds the heads of queries, keys and values as `Linear.parts` gives them; `rotation` is
+    `rope_cos_sin`'s; `head_norms` (of queries, of keys) come before it. `kv_pages` is
+    [P, B, 2, K, H] and is consumed: the caller keeps only the returned array, which aliases it.
+    Returns (out [T, N, H], kv_pages).
     """
     group = metadata.group_of_layer[layer]
     q_norm, k_norm = head_norms or (None, None)
     q_TNH, kv_pages = rotate_and_write(
-        qkv_TXH,
+        qkv_PTXH,
         *rotation,
         kv_pages,
         metadata.slots[group],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jengine.layers.param import param
-from jengine.pallas_kernels.linear.api import linear
+from jengine.pallas_kernels.linear.api import linear, linear_parts
 
 
 class Linear(nnx.Module):
@@ -29,6 +29,12 @@ class Linear(nnx.Module):
     def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]
         return linear(x_TD, self.weight[...], bias, num_tokens=num_tokens, out_dtype=x_TD.dtype)
+
+    def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """[P, T, out]: summands of the result, for an operation that adds up anyway."""
+        if self.bias is not None:
+            return self(x_TD, num_tokens)[None]
+        return linear_parts(x_TD, self.weight[...], num_tokens=num_tokens)
 
 
 class Embedding(nnx.Module):

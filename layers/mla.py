@@ -72,14 +72,14 @@ class LatentAttention(nnx.Module):
         self.up_v = param((num_heads, mla.v_head_dim, C), ("heads", None, None), dtype)
         self.o_proj = Linear(num_heads * mla.v_head_dim, dim, ("embed", "heads"), dtype, bias=bias)
 
-    def __call__(
+    def parts(
         self,
         x_TD: jax.Array,
         pages_PBE: jax.Array,
         metadata: AttentionMetadata,
         rotation: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns (out [T, D], pages). The pages are consumed."""
+        """Returns (summands of out [P, T, D], pages). The pages are consumed."""
         T, num_tokens = x_TD.shape[0], metadata.num_tokens
         group = metadata.group_of_layer[self.layer]
         rows = self.qkv_a_proj(x_TD, num_tokens)
@@ -98,7 +98,7 @@ class LatentAttention(nnx.Module):
             is_decode=metadata.is_decode,
         )
         out_TNV = linear_heads(out_TNC, self.up_v[...], num_tokens=num_tokens)
-        return self.o_proj(out_TNV.reshape(T, -1), num_tokens), pages_PBE
+        return self.o_proj.parts(out_TNV.reshape(T, -1), num_tokens), pages_PBE
 
     def queries(
         self, rows: jax.Array, num_tokens: jax.Array, rotation: tuple[jax.Array, jax.Array]

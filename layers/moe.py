@@ -1,7 +1,6 @@
 """Mixture of experts: a router picks a few MLPs for each token (arXiv:1701.06538, 2101.03961)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +8,10 @@ from flax import nnx
 
 from jengine.layers.param import param
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
-from jengine.pallas_kernels.grouped_matmul.api import expert_mlp
+from jengine.pallas_kernels.grouped_matmul.api import expert_parts
 from jengine.pallas_kernels.linear.api import linear
-from jengine.pallas_kernels.top_k_rows.api import top_k_rows
-
-
-@dataclass(frozen=True)
-class GroupedRouting:
-    """DeepSeek's choice of experts: those of the few best groups only (arXiv:2405.04434)."""
-
-    scoring: Literal["softmax", "sigmoid"]
-    num_groups: int = 1
-    top_groups: int = 1
-    scale: float = 1.0  # of the weights, in the end
-    has_bias: bool = False  # added to the scores for the choice, not for the weights
+from jengine.pallas_kernels.linear.reference import sum_of_parts
+from jengine.pallas_kernels.route_experts.api import GroupedRouting, route, route_grouped
 
 
 @dataclass(frozen=True)
@@ -36,67 +25,6 @@ class MoEConfig:
     bias: bool = False  # of router and experts
     activation: ClampedSwiGLU | None = None  # in the place of SwiGLU
     grouped: GroupedRouting | None = None  # in the place of the softmax's largest
-
-
-def route(logits_TE: jax.Array, top_k: int, *, renormalise: bool) -> tuple[jax.Array, jax.Array]:
-    """(expert ids i32 [T, k], weights f32 [T, k]), the most probable expert first, equal ones by
-    index. Weights are softmax probabilities over all experts, or over the chosen ones alone if
-    `renormalise`.
-    """
-    top_Tk, ids_Tk = top_k_rows(logits_TE, top_k)
-    scores_Tk = jnp.exp(top_Tk - top_Tk[:, :1])
-    over = scores_Tk if renormalise else jnp.exp(logits_TE - top_Tk[:, :1])
-    return ids_Tk, scores_Tk / _row_sums(over)
-
-
-def route_grouped(
-    logits_TE: jax.Array,
-    bias_E: jax.Array | None,
-    top_k: int,
-    routing: GroupedRouting,
-    *,
-    renormalise: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """As `route`, but the experts are chosen by score plus bias among those of the best groups.
-
-    A group counts as much as its best expert, or with a bias its best two together.
-    """
-    if routing.scoring == "sigmoid":
-        scores_TE = jax.nn.sigmoid(logits_TE)
-    else:
-        powers_TE = jnp.exp(logits_TE - top_k_rows(logits_TE, 1)[0])
-        scores_TE = powers_TE / _row_sums(powers_TE)
-    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E[None, :]
-    if routing.top_groups < routing.num_groups:
-        choice_TE = _best_groups_only(choice_TE, routing, best=1 if bias_E is None else 2)
-    _, ids_Tk = top_k_rows(choice_TE, top_k)
-    weights_Tk = jnp.take_along_axis(scores_TE, ids_Tk, axis=1)
-    if renormalise:
-        weights_Tk = weights_Tk / (_row_sums(weights_Tk) + 1e-20)
-    return ids_Tk, weights_Tk * routing.scale
-
-
-def _best_groups_only(choice_TE: jax.Array, routing: GroupedRouting, best: int) -> jax.Array:
-    """-inf for experts of other groups than the best, by the sum of their `best` experts."""
-    (T, E), G = choice_TE.shape, routing.num_groups
-    tops, _ = top_k_rows(choice_TE.reshape(T * G, E // G), best)
-    _, groups_Tg = top_k_rows(_row_sums(tops).reshape(T, G), routing.top_groups)
-    group_E = jnp.arange(E, dtype=jnp.int32) // (E // G)
-    is_in_TE = jnp.any(groups_Tg[:, :, None] == group_E[None, None, :], axis=1)
-    return jnp.where(is_in_TE, choice_TE, -jnp.inf)
-
-
-def _row_sums(x_TE: jax.Array) -> jax.Array:
-    """[T, 1], halves added to halves: XLA:CPU's own row sums change their order with the number of
-    rows, and a weight's bits would depend on its batch.
-    """
-    width = x_TE.shape[1]
-    size = 1 << (width - 1).bit_length()
-    x_TE = jnp.pad(x_TE, ((0, 0), (0, size - width)))
-    while size > 1:
-        size //= 2
-        x_TE = x_TE[:, :size] + x_TE[:, size:]
-    return x_TE
 
 
 class Router(nnx.Module):
@@ -147,9 +75,13 @@ class SparseMLP(nnx.Module):
         return route_grouped(logits_TE, bias_E, top_k, moe.grouped, renormalise=renormalise)
 
     def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        return sum_of_parts(self.parts(x_TD, num_tokens), x_TD.dtype)
+
+    def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """[P, T, D], as `LlamaMLP.parts`; unspecified at or past `num_tokens`."""
         ids_Tk, weights_Tk = self.choose(self.gate(x_TD, num_tokens))
         gate_up_bias, down_bias = self.experts.gate_up_bias, self.experts.down_bias
-        return expert_mlp(
+        return expert_parts(
             x_TD,
             ids_Tk,
             weights_Tk,

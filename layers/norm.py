@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jengine.layers.param import param
+from jengine.pallas_kernels.add_rms_norm.api import add_rms_norm
 from jengine.pallas_kernels.linear.api import linear
+from jengine.pallas_kernels.linear.reference import sum_of_parts
 from jengine.pallas_kernels.rms_norm.api import rms_norm
 
 MIN_COLUMNS = 8  # of a product that sums rows: see `rms_norm/reference.py`
@@ -22,6 +24,15 @@ class RMSNorm(nnx.Module):
     def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         return rms_norm(x_TD, self.weight[...], eps=self.eps, num_tokens=num_tokens)
 
+    def after(
+        self, x_TD: jax.Array, added_PTD: jax.Array | None, num_tokens: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """(x plus the summands of a block's result, the norm of that)."""
+        if added_PTD is None:
+            return x_TD, self(x_TD, num_tokens)
+        weight = self.weight[...]
+        return add_rms_norm(x_TD, added_PTD, weight, eps=self.eps, num_tokens=num_tokens)
+
 
 class WideRMSNorm(RMSNorm):
     """RMSNorm that rounds once, after the scale, as Hugging Face's Gemma and OLMo 2 do. The scale
@@ -34,6 +45,13 @@ class WideRMSNorm(RMSNorm):
 
     def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         return super().__call__(x_TD.astype(jnp.float32), num_tokens).astype(x_TD.dtype)
+
+    def after(
+        self, x_TD: jax.Array, added_PTD: jax.Array | None, num_tokens: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        if added_PTD is not None:
+            x_TD = x_TD + sum_of_parts(added_PTD, x_TD.dtype)
+        return x_TD, self(x_TD, num_tokens)
 
 
 class LayerNorm(WideRMSNorm):

@@ -108,12 +108,12 @@ class CohereAttention(LlamaAttention):
         self.k_norm = HeadsLayerNorm(K, H, cfg.rms_norm_eps) if cfg.use_qk_norm else None
 
     def project(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        qkv_TX = super().project(x_TD, num_tokens)
+        qkv_TX = self.qkv_proj(x_TD, num_tokens)
         if self.q_norm is None or self.k_norm is None:
-            return qkv_TX
+            return qkv_TX[None]
         q_TX, k_TX, v_TX = jnp.split(qkv_TX, (self.q_dim, self.q_dim + self.k_dim), axis=1)
         q_TX, k_TX = self.q_norm(q_TX, num_tokens), self.k_norm(k_TX, num_tokens)
-        return jnp.concatenate([q_TX, k_TX, v_TX], axis=1)
+        return jnp.concatenate([q_TX, k_TX, v_TX], axis=1)[None]
 
 
 class CohereDecoderLayer(nnx.Module):
@@ -127,13 +127,15 @@ class CohereDecoderLayer(nnx.Module):
     def __call__(
         self,
         x_TD: jax.Array,
+        added_PTD: jax.Array | None,
         kv_pages: jax.Array,
         metadata: AttentionMetadata,
         rotation: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        del added_PTD  # None: every layer adds up what it gives
         normed_TD = self.input_layernorm(x_TD, metadata.num_tokens)
         attended_TD, kv_pages = self.self_attn(normed_TD, kv_pages, metadata, rotation)
-        return x_TD + attended_TD + self.mlp(normed_TD, metadata.num_tokens), kv_pages
+        return x_TD + attended_TD + self.mlp(normed_TD, metadata.num_tokens), None, kv_pages
 
 
 class CohereForCausalLM(LlamaForCausalLM):

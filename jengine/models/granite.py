@@ -42,17 +42,19 @@ class GraniteDecoderLayer(LlamaDecoderLayer):
     def __call__(
         self,
         x_TD: jax.Array,
+        added_PTD: jax.Array | None,
         kv_pages: jax.Array,
         metadata: AttentionMetadata,
         rotation: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        del added_PTD  # None: every layer adds up what it gives
         attended_TD, kv_pages = self.self_attn(
             self.input_layernorm(x_TD, metadata.num_tokens), kv_pages, metadata, rotation
         )
         x_TD = x_TD + scaled(attended_TD, self.residual_multiplier)
         normed_TD = self.post_attention_layernorm(x_TD, metadata.num_tokens)
         fed_TD = self.mlp(normed_TD, metadata.num_tokens)
-        return x_TD + scaled(fed_TD, self.residual_multiplier), kv_pages
+        return x_TD + scaled(fed_TD, self.residual_multiplier), None, kv_pages
 
 
 class GraniteForCausalLM(LlamaForCausalLM):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jengine.kv_spec import KVKind, KVSpec
 from jengine.layers.attention import AttentionMetadata, rotary_paged_attention
-from jengine.layers.gated import Activation, gated_product
+from jengine.layers.gated import Activation, gated_linear
 from jengine.layers.linear import Embedding, Linear, LMHead, scaled
 from jengine.layers.linear import logits as head_logits
 from jengine.layers.norm import RMSNorm
@@ -24,6 +24,7 @@ from jengine.models.decoder_weights import (
     mlp_rules,
     names_of,
 )
+from jengine.pallas_kernels.linear.reference import sum_of_parts
 
 
 class LlamaConfig(DecoderConfig):
@@ -58,9 +59,22 @@ class LlamaAttention(nnx.Module):
         metadata: AttentionMetadata,
         rotation: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
+        """(out [T, D], pages)."""
+        parts_PTD, kv_pages = self.parts(x_TD, kv_pages, metadata, rotation)
+        return sum_of_parts(parts_PTD, x_TD.dtype), kv_pages
+
+    def parts(
+        self,
+        x_TD: jax.Array,
+        kv_pages: jax.Array,
+        metadata: AttentionMetadata,
+        rotation: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array]:
+        """(summands of out [P, T, D], pages)."""
         T = x_TD.shape[0]
+        qkv_PTX = self.project(x_TD, metadata.num_tokens)
         out_TNH, kv_pages = rotary_paged_attention(
-            self.project(x_TD, metadata.num_tokens).reshape(T, -1, self.head_dim),
+            qkv_PTX.reshape(-1, T, qkv_PTX.shape[2] // self.head_dim, self.head_dim),
             rotation,
             kv_pages,
             metadata,
@@ -71,11 +85,11 @@ class LlamaAttention(nnx.Module):
             sinks_N=self.sink_logits,
             head_norms=self.head_norms,
         )
-        return self.o_proj(out_TNH.reshape(T, -1), metadata.num_tokens), kv_pages
+        return self.o_proj.parts(out_TNH.reshape(T, -1), metadata.num_tokens), kv_pages
 
     def project(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        """The rows of queries, keys and values, side by side."""
-        return self.qkv_proj(x_TD, num_tokens)
+        """[P, T, X]: summands of the rows of queries, keys and values, side by side."""
+        return self.qkv_proj.parts(x_TD, num_tokens)
 
     @property
     def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
@@ -105,9 +119,12 @@ class LlamaMLP(nnx.Module):
         )
 
     def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        gate_up_TF = self.gate_up_proj(x_TD, num_tokens)
-        product_TF = gated_product(gate_up_TF, self.activation, num_tokens)
-        return self.down_proj(product_TF, num_tokens)
+        return sum_of_parts(self.parts(x_TD, num_tokens), x_TD.dtype)
+
+    def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """[P, T, D]: summands of the result."""
+        product_TF = gated_linear(self.gate_up_proj, x_TD, self.activation, num_tokens)
+        return self.down_proj.parts(product_TF, num_tokens)
 
 
 class LlamaDecoderLayer(nnx.Module):
@@ -115,23 +132,24 @@ class LlamaDecoderLayer(nnx.Module):
 
     def __init__(self, cfg: DecoderConfig, self_attn: nnx.Module, mlp: nnx.Module) -> None:
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
-        self.self_attn = self_attn
+        self.self_attn: Any = self_attn
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
-        self.mlp = mlp
+        self.mlp: Any = mlp
 
     def __call__(
         self,
         x_TD: jax.Array,
+        added_PTD: jax.Array | None,
         kv_pages: jax.Array,
         metadata: AttentionMetadata,
         rotation: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array]:
-        attended_TD, kv_pages = self.self_attn(
-            self.input_layernorm(x_TD, metadata.num_tokens), kv_pages, metadata, rotation
-        )
-        x_TD = x_TD + attended_TD
-        normed_TD = self.post_attention_layernorm(x_TD, metadata.num_tokens)
-        return x_TD + self.mlp(normed_TD, metadata.num_tokens), kv_pages
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """(stream, what is still to be added to it, pages); so are the arguments."""
+        n = metadata.num_tokens
+        x_TD, normed_TD = self.input_layernorm.after(x_TD, added_PTD, n)
+        added_PTD, kv_pages = self.self_attn.parts(normed_TD, kv_pages, metadata, rotation)
+        x_TD, normed_TD = self.post_attention_layernorm.after(x_TD, added_PTD, n)
+        return x_TD, self.mlp.parts(normed_TD, n), kv_pages
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -161,12 +179,14 @@ class LlamaForCausalLM(nnx.Module):
         """
         ropes = [self.cfg.layer_rope(layer) for layer in range(len(self.layers))]
         rotations = {r: rope_cos_sin(r, metadata.positions) for r in dict.fromkeys(ropes)}
-        x_TD = self.embed(token_ids_T)
+        # Where a layer ends with a sum, the next one's norm forms it: one kernel.
+        x_TD, added_PTD = self.embed(token_ids_T), None
         new_kv = []
         for layer, rope, kv_pages in zip(self.layers, ropes, kv, strict=True):
-            x_TD, kv_pages = layer(x_TD, kv_pages, metadata, rotations[rope])
+            x_TD, added_PTD, kv_pages = layer(x_TD, added_PTD, kv_pages, metadata, rotations[rope])
             new_kv.append(kv_pages)
-        return self.norm(x_TD, metadata.num_tokens), tuple(new_kv)
+        _, hidden_TD = self.norm.after(x_TD, added_PTD, metadata.num_tokens)
+        return hidden_TD, tuple(new_kv)
 
     def embed(self, token_ids_T: jax.Array) -> jax.Array:
         x_TD, scale = self.embed_tokens(token_ids_T), self.cfg.embedding_scale

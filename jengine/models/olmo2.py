@@ -51,10 +51,10 @@ class Olmo2Attention(LlamaAttention):
         self.k_norm = WideRMSNorm(self.k_dim, cfg.rms_norm_eps, cfg.dtype, axis="heads")
 
     def project(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        qkv_TX = super().project(x_TD, num_tokens)
+        qkv_TX = self.qkv_proj(x_TD, num_tokens)
         q_TX, k_TX, v_TX = jnp.split(qkv_TX, (self.q_dim, self.q_dim + self.k_dim), axis=1)
         q_TX, k_TX = self.q_norm(q_TX, num_tokens), self.k_norm(k_TX, num_tokens)
-        return jnp.concatenate([q_TX, k_TX, v_TX], axis=1)
+        return jnp.concatenate([q_TX, k_TX, v_TX], axis=1)[None]
 
 
 class Olmo2DecoderLayer(nnx.Module):
@@ -69,15 +69,17 @@ class Olmo2DecoderLayer(nnx.Module):
     def __call__(
         self,
         x_TD: jax.Array,
+        added_PTD: jax.Array | None,
         kv_pages: jax.Array,
         metadata: AttentionMetadata,
         rotation: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        del added_PTD  # None: every layer adds up what it gives
         num_tokens = metadata.num_tokens
         attended_TD, kv_pages = self.self_attn(x_TD, kv_pages, metadata, rotation)
         x_TD = x_TD + self.post_attention_layernorm(attended_TD, num_tokens)
         fed_TD = self.mlp(x_TD, num_tokens)
-        return x_TD + self.post_feedforward_layernorm(fed_TD, num_tokens), kv_pages
+        return x_TD + self.post_feedforward_layernorm(fed_TD, num_tokens), None, kv_pages
 
 
 class Olmo2ForCausalLM(LlamaForCausalLM):

@@ -31,17 +31,19 @@ class SandwichDecoderLayer(nnx.Module):
     def __call__(
         self,
         x_TD: jax.Array,
+        added_PTD: jax.Array | None,
         kv_pages: jax.Array,
         metadata: AttentionMetadata,
         rotation: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        del added_PTD  # None: every layer adds up what it gives
         num_tokens = metadata.num_tokens
         attended_TD, kv_pages = self.self_attn(
             self.input_layernorm(x_TD, num_tokens), kv_pages, metadata, rotation
         )
         x_TD = x_TD + self.post_attention_layernorm(attended_TD, num_tokens)
         fed_TD = self.mlp(self.pre_feedforward_layernorm(x_TD, num_tokens), num_tokens)
-        return x_TD + self.post_feedforward_layernorm(fed_TD, num_tokens), kv_pages
+        return x_TD + self.post_feedforward_layernorm(fed_TD, num_tokens), None, kv_pages
 
 
 def layer_norm_rules(

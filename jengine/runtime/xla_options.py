@@ -27,6 +27,7 @@ def compiler_options(platform: str, user_flags: str = "") -> Options:
     return {name: value for name, value in _GPU.items() if name not in user_flags}
 
 
+CUBLAS_SEQS = 64  # fewest that decode with cuBLASLt alone
 GRAPH_TOKENS = 256  # the most that a step with prompts may hold to be a graph
 
 
@@ -39,15 +40,19 @@ def bucket_options(options: Options, num_tokens: int, num_seqs: int) -> Options:
     XLA's own matrix kernels stay out of them: cuBLASLt adds the residual in its epilogue and has
     little to tune. It has no product of fewer than 8 rows into float32, though.
 
-    Inside of a graph it seems to be the other way round: with 17 calls of cuBLASLt a graph took
-    4 us a call longer than its kernels, without any no longer (docs/benchmarks.md).
+    Decode steps of many sequences do without XLA's matrix kernels, too: autotuning takes them by
+    their own time, without the sum of the splits that follows (64 rows of 14,336 times 4,096: 57 us
+    in a graph, 47 with cuBLASLt). Those of fewer have our own.
     """
-    if not options or num_tokens == num_seqs or num_tokens <= GRAPH_TOKENS:
+    if not options:
         return options
-    changes: Options = {"xla_gpu_enable_command_buffer": ""}
-    if num_seqs >= 8:
-        changes["xla_gpu_enable_triton_gemm"] = False
-    return options | changes
+    changes: Options = {}
+    if num_tokens == num_seqs:
+        changes["xla_gpu_enable_triton_gemm"] = num_seqs < CUBLAS_SEQS
+    elif num_tokens > GRAPH_TOKENS:
+        changes["xla_gpu_enable_command_buffer"] = ""
+        changes["xla_gpu_enable_triton_gemm"] = num_seqs < 8
+    return options | {name: value for name, value in changes.items() if value is not True}
 
 
 def measuring_options(platform: str, user_flags: str = "") -> Options:

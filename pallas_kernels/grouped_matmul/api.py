@@ -1,12 +1,14 @@
 """`expert_mlp`: the routed experts of a mixture, each a SwiGLU MLP of its own."""
 
+from typing import Any
+
 import jax
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.grouped_matmul import reference
+from jengine.pallas_kernels.grouped_matmul import reference, triton_gpu
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 
-_expert_mlp = first_of(reference.expert_mlp)
+_expert_mlp = first_of(triton_gpu.expert_mlp, reference.expert_mlp)
 
 
 def expert_mlp(
@@ -42,3 +44,39 @@ def expert_mlp(
         down_bias_ED=down_bias_ED,
         activation=activation,
     )
+
+
+def expert_parts(
+    x_TD: jax.Array,
+    expert_ids_Tk: jax.Array,
+    weights_Tk: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    *,
+    num_tokens: jax.Array,
+    gate_up_bias_EF: jax.Array | None = None,
+    down_bias_ED: jax.Array | None = None,
+    activation: ClampedSwiGLU | None = None,
+) -> jax.Array:
+    """Return summands [P, T, D] of `expert_mlp`, for an operation that adds up anyway
+    (`add_rms_norm`), in float32 where there are few rows. Rows at or past `num_tokens` are
+    unspecified and may be NaN.
+    """
+    return _expert_parts(
+        x_TD,
+        expert_ids_Tk,
+        weights_Tk,
+        gate_up_EFD,
+        down_EDF,
+        num_tokens=num_tokens,
+        gate_up_bias_EF=gate_up_bias_EF,
+        down_bias_ED=down_bias_ED,
+        activation=activation,
+    )
+
+
+def _whole(*args: jax.Array, **options: Any) -> jax.Array:
+    return reference.expert_mlp(*args, **options)[None]
+
+
+_expert_parts = first_of(triton_gpu.expert_parts, _whole)

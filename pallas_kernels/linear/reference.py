@@ -40,3 +40,13 @@ def linear(
     if bias_F is not None:
         y_TF = y_TF + bias_F.astype(jnp.float32)[None, :]
     return y_TF.astype(out_dtype)
+
+
+def sum_of_parts(parts_PTF: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """[T, F] in `dtype`, rounded once. Spelled out: a reduction's order is XLA's to choose."""
+    if parts_PTF.shape[0] == 1:
+        return parts_PTF[0].astype(dtype)
+    sum_TF = parts_PTF[0].astype(jnp.float32)
+    for part in range(1, parts_PTF.shape[0]):
+        sum_TF = sum_TF + parts_PTF[part].astype(jnp.float32)
+    return sum_TF.astype(dtype)

@@ -11,7 +11,7 @@ _rotate_and_write = first_of(triton_gpu.rotate_and_write, reference.rotate_and_w
 
 
 def rotate_and_write(
-    qkv_TXH: jax.Array,
+    qkv_PTXH: jax.Array,
     cos_TR: jax.Array,
     sin_TR: jax.Array,
     kv_pages_PB2KH: jax.Array,
@@ -26,13 +26,14 @@ def rotate_and_write(
     scales are given) and rotated; keys and values stored as `kv_write` does, pages consumed as
     there.
 
-    `qkv` holds N heads of queries, K of keys, K of values. `cos` and `sin` are float32 and rotate
-    the pairs (i, i + R) of every head; dimensions from 2 R on pass through. Each stage rounds to
-    the dtype of `qkv`. Queries at or past `num_tokens` are finite if `qkv` is, otherwise
-    unspecified.
+    `qkv` holds N heads of queries, K of keys, K of values, as summands: one, or several in float32,
+    which are added up in their order and rounded to the dtype of the pages. `cos` and `sin` are
+    float32 and rotate the pairs (i, i + R) of every head; dimensions from 2 R on pass through. Each
+    stage rounds to that dtype, or that of a single summand. Queries at or past `num_tokens` are
+    finite if `qkv` is, otherwise unspecified.
     """
     return _rotate_and_write(
-        qkv_TXH,
+        qkv_PTXH,
         cos_TR,
         sin_TR,
         kv_pages_PB2KH,

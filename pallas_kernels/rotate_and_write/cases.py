@@ -9,7 +9,7 @@ import numpy as np
 class Inputs:
     """Arguments in float32 and int32."""
 
-    qkv_TXH: np.ndarray
+    qkv_PTXH: np.ndarray
     cos_TR: np.ndarray
     sin_TR: np.ndarray
     kv_pages_PB2KH: np.ndarray
@@ -31,13 +31,15 @@ class Case:
     dtype: str = "bfloat16"
     page_dtype: str = "bfloat16"
     dropped: tuple[int, ...] = ()  # tokens with a negative slot
+    parts: int = 1
 
     def build(self, seed: int = 0) -> Inputs:
         """Padding rows hold a valid slot and large numbers: they must not arrive in the pages."""
         rng = np.random.default_rng(seed)
         num_heads = self.heads + 2 * self.kv_heads
-        qkv = 3 * rng.standard_normal((self.max_tokens, num_heads, self.head_dim), np.float32)
-        qkv[self.num_tokens :] = 1e6
+        shape = (self.parts, self.max_tokens, num_heads, self.head_dim)
+        qkv = 3 * rng.standard_normal(shape, np.float32)
+        qkv[:, self.num_tokens :] = 1e6
         angles = rng.uniform(0, 6.28, (self.max_tokens, self.rotated // 2))
         pages = rng.standard_normal((9, 16, 2, self.kv_heads, self.head_dim), np.float32)
         slots = rng.permutation(9 * 16)[: self.max_tokens].astype(np.int32)
@@ -65,4 +67,6 @@ CASES = (
     Case(3, 4, head_dim=64, rotated=32, has_norms=True),
     Case(6, 7, dtype="float32"),
     Case(6, 7, page_dtype="float32", kv_heads=1),
+    Case(6, 7, parts=4),
+    Case(6, 7, has_norms=True, parts=2),
 )  # fmt: skip

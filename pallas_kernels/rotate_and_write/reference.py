@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.kv_write.api import kv_write
+from jengine.pallas_kernels.linear.reference import sum_of_parts
 from jengine.pallas_kernels.rms_norm.api import rms_norm
 
 
 def rotate_and_write(
-    qkv_TXH: jax.Array,
+    qkv_PTXH: jax.Array,
     cos_TR: jax.Array,
     sin_TR: jax.Array,
     kv_pages_PB2KH: jax.Array,
@@ -20,6 +21,7 @@ def rotate_and_write(
     eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     K = kv_pages_PB2KH.shape[3]
+    qkv_TXH = sum_of_parts(qkv_PTXH, heads_dtype(qkv_PTXH, kv_pages_PB2KH))
     N = qkv_TXH.shape[1] - 2 * K
     qk_TXH = qkv_TXH[:, : N + K]
     if q_norm_H is not None and k_norm_H is not None:
@@ -31,6 +33,11 @@ def rotate_and_write(
     dtype = kv_pages_PB2KH.dtype
     pages = kv_write(kv_pages_PB2KH, k_TKH.astype(dtype), v_TKH.astype(dtype), slots_T, num_tokens)
     return qk_TXH[:, :N], pages
+
+
+def heads_dtype(qkv_PTXH: jax.Array, kv_pages_PB2KH: jax.Array) -> jnp.dtype:
+    """In which heads are rounded: a single summand is so already."""
+    return (qkv_PTXH if qkv_PTXH.shape[0] == 1 else kv_pages_PB2KH).dtype
 
 
 def rotate(x_TNH: jax.Array, cos_TR: jax.Array, sin_TR: jax.Array) -> jax.Array:

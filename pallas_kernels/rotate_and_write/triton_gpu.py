@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.platform import require_cuda
+from jengine.pallas_kernels.rotate_and_write.reference import heads_dtype
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -13,7 +14,7 @@ HEADS = 8  # of one program
 
 
 def rotate_and_write(
-    qkv_TXH: jax.Array,
+    qkv_PTXH: jax.Array,
     cos_TR: jax.Array,
     sin_TR: jax.Array,
     kv_pages_PB2KH: jax.Array,
@@ -24,10 +25,10 @@ def rotate_and_write(
     k_norm_H: jax.Array | None = None,
     eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    T, X, H = qkv_TXH.shape
-    pages = kv_pages_PB2KH
-    if qkv_TXH.dtype not in DTYPES or pages.dtype not in DTYPES:
-        raise NotImplementedError(f"{qkv_TXH.dtype} heads, {pages.dtype} pages")
+    P, T, X, H = qkv_PTXH.shape
+    pages, dtype = kv_pages_PB2KH, heads_dtype(qkv_PTXH, kv_pages_PB2KH)
+    if dtype not in DTYPES or pages.dtype not in DTYPES:
+        raise NotImplementedError(f"{dtype} heads, {pages.dtype} pages")
     require_cuda()
     from jengine.pallas_kernels.rotate_and_write.triton_kernels import rotate_heads
 
@@ -37,7 +38,7 @@ def rotate_and_write(
     q_TNH, pages = triton_call(
         rotate_heads,
         (
-            qkv_TXH,
+            qkv_PTXH,
             cos_TR,
             sin_TR,
             *(norms or (cos_TR, sin_TR)),
@@ -46,11 +47,13 @@ def rotate_and_write(
             pages,
         ),
         [
-            jax.ShapeDtypeStruct((T, N, H), qkv_TXH.dtype),
+            jax.ShapeDtypeStruct((T, N, H), dtype),
             jax.ShapeDtypeStruct(pages.shape, pages.dtype),
         ],
         grid=(T, -(-X // HEADS)),
         constants={
+            "T": T,
+            "P": P,
             "N": N,
             "K": K,
             "H": H,

@@ -12,8 +12,17 @@ def norm_heads(x, factor, weight, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def add_up(at, mask, P: tl.constexpr, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
+    """The sum of P summands, rounded."""
+    total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, P):
+        total += tl.load(at + part * STRIDE, mask=mask, other=0.0)
+    return total.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
 def rotate_heads(
-    qkv_ptr,  # [T, N + 2 K, H]
+    qkv_ptr,  # [P, T, N + 2 K, H]
     cos_ptr,  # f32[T, HALF]
     sin_ptr,  # f32[T, HALF]
     q_norm_ptr,  # [H], or anything
@@ -24,6 +33,8 @@ def rotate_heads(
     # outputs
     q_ptr,  # [T, N, H]
     pages_ptr,  # [P * B, 2 K, H]
+    T: tl.constexpr,
+    P: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -34,7 +45,7 @@ def rotate_heads(
     EPS: tl.constexpr,
 ):
     """Some heads of one token. Keys, then values: the order of heads is that of a slot."""
-    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     token = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     lane = tl.arange(0, HP)
@@ -44,8 +55,8 @@ def rotate_heads(
     in_head = (lane < H)[None, :]
     mask = (head < N + 2 * K)[:, None] & in_head
     row = ((token * (N + 2 * K)).to(tl.int64) + head)[:, None] * H
-    x = tl.load(qkv_ptr + row + lane[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(qkv_ptr + row + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = add_up(qkv_ptr + row + lane[None, :], mask, P, T * (N + 2 * K) * H, DTYPE)
+    y = add_up(qkv_ptr + row + partner[None, :], mask, P, T * (N + 2 * K) * H, DTYPE)
     plain = x
     if HAS_NORMS:
         factor = tl.rsqrt(tl.sum(x * x, 1) / H + EPS)[:, None]

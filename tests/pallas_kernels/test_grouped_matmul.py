@@ -1,6 +1,7 @@
 """`expert_mlp` against float64, its tiles, and the independence of a row's bits from its batch."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,15 @@ from jengine.pallas_kernels.linear import reference as linear_reference
 from jengine.pallas_kernels.silu_mul import reference as silu_reference
 
 CLAMPED = ClampedSwiGLU(alpha=1.7, limit=0.8)
+# Widths that the Triton kernels take.
+INTERPRETED = (
+    Case(1, 8, 16, 128, 64),
+    Case(5, 4, 4, 64, 128, "float32"),
+    Case(40, 2, 64, 64, 64, touched=2),
+    Case(70, 1, 3, 64, 64, "float32"),
+    Case(64, 8, 32, 64, 192),
+    Case(600, 2, 4, 64, 64),
+)
 EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
 
 
@@ -171,3 +181,31 @@ def test_the_loop_runs_once_for_each_expert_touched() -> None:
         _, ids, *_ = Case(8, 2, 16, touched=touched).build()
         tiles = build_tiles(jnp.asarray(ids), 16, tile_rows(8, 2, 16), jnp.int32(8))
         assert int(tiles.num_tiles) == len(np.unique(ids))
+
+
+def check(backend: ModuleType, case: Case) -> None:
+    """The back end's own, with padding, an untouched expert of NaN, and all that gpt-oss adds."""
+    x, ids, weights, gate_up, down = arguments(case)
+    num_tokens = case.tokens - case.tokens // 3
+    rng = np.random.default_rng(5)
+    biases = (
+        rng.standard_normal(gate_up.shape[:2], np.float32).astype(case.dtype),
+        rng.standard_normal(down.shape[:2], np.float32).astype(case.dtype),
+    )
+    poisoned = gate_up.copy()
+    poisoned[np.setdiff1d(np.arange(case.experts), ids[:num_tokens])] = np.nan
+    for activation, bias in ((None, (None, None)), (CLAMPED, biases)):
+        out = jax.jit(backend.expert_mlp, static_argnames="activation")(
+            x, ids, weights, poisoned, down, num_tokens=jnp.int32(num_tokens),
+            gate_up_bias_EF=bias[0], down_bias_ED=bias[1], activation=activation,
+        )  # fmt: skip
+        out = np.asarray(out).astype(np.float64)
+        expected = float64(
+            x, ids, weights, gate_up, down, *bias,
+            product=silu_product if activation is None else clamped_product,
+        )[:num_tokens]  # fmt: skip
+        # As above; one rounding more where summands are rounded.
+        tolerance = 4 * EPS[case.dtype] * case.top_k**0.5 + 8 * EPS["float32"] * case.embed
+        error = np.abs(out[:num_tokens] - expected).max()
+        assert error <= tolerance * np.abs(expected).max(), (activation, error)
+        assert np.isfinite(out).all()

@@ -8,10 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jengine.pallas_kernels.linear import api
 from jengine.pallas_kernels.linear.cases import CASES, Case
 
 OPERATION = "linear"
 EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
+# (rows, depth, outputs) of the products that the next operation completes
+PRODUCTS = ((1, 1024, 96), (5, 576, 200), (16, 4096, 64), (40, 1536, 70), (64, 192, 130))
+INTERPRETED = tuple((kind, *p) for kind in ("linear_parts", "silu_linear") for p in PRODUCTS)
 ROW_COUNTS = (1, 2, 3, 4, 7, 8, 9, 13, 16, 31, 100)
 
 
@@ -69,3 +73,28 @@ def test_other_dtypes_are_left_to_the_reference() -> None:
     with pytest.raises(NotImplementedError):
         cpu_ffi.linear(x, w)
     np.testing.assert_array_equal(np.asarray(linear(x, w)), 8.0)
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_products_that_others_complete(case: tuple[str, int, int, int]) -> None:
+    check(api, case)
+
+
+def check(backend: ModuleType, case: tuple[str, int, int, int]) -> None:
+    """Gate and up are rounded before they are joined; summands are not."""
+    kind, rows, depth, outputs = case
+    x, w, _ = Case(rows, depth, 2 * outputs if kind == "silu_linear" else outputs).build()
+    x, w = x.astype(ml_dtypes.bfloat16), (w / depth**0.5).astype(ml_dtypes.bfloat16)
+    out = np.asarray(jax.jit(getattr(backend, kind))(x, w), np.float64)
+    product = x.astype(np.float64) @ w.astype(np.float64).T
+    noise = 4 * EPS["float32"] * depth**0.5
+    if kind == "linear_parts":
+        np.testing.assert_array_less(
+            np.abs(out.sum(0) - product), noise + EPS["bfloat16"] * np.abs(product)
+        )
+        return
+    gate, up = np.split(product, 2, axis=1)
+    expected = gate / (1.0 + np.exp(-gate)) * up
+    # The slope of silu is at most 1.1: half a unit of gate, of up, of the result.
+    size = np.abs(1.1 * gate * up) + 2 * np.abs(expected)
+    np.testing.assert_array_less(np.abs(out - expected), noise + EPS["bfloat16"] * size * 1.01)

@@ -3,6 +3,7 @@ invariance.
 """
 
 from dataclasses import replace
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,14 @@ EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
 SCALE = 0.1
 
 
-def run(case: Case, inputs: Inputs) -> np.ndarray:
+def run(
+    case: Case, inputs: Inputs, backend: ModuleType = reference, is_decode: bool = False
+) -> np.ndarray:
     def attend(q, pages, table, cu, kv_lens, num_seqs):
-        return reference.mla_attention(
-            q, pages, table, cu, kv_lens, num_seqs, value_dim=case.value_dim, scale=SCALE
-        )
+        return backend.mla_attention(
+            q, pages, table, cu, kv_lens, num_seqs,
+            value_dim=case.value_dim, scale=SCALE, is_decode=is_decode,
+        )  # fmt: skip
 
     out = jax.jit(attend)(
         jnp.asarray(inputs.q_TNE, case.q_dtype),
@@ -52,8 +56,23 @@ def attend_float64(case: Case, inputs: Inputs) -> np.ndarray:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_float64(case: Case) -> None:
+    check(reference, case)
+
+
+# Entries that the Triton kernels take, two of them decode steps in splits.
+INTERPRETED = (
+    *CASES[:5],
+    Case(((1, 700), (1, 1), (1, 1500)), heads=16, padding_tokens=2, padding_seqs=2),
+    Case(((1, 90),), heads=40, padding_tokens=0, padding_seqs=0, q_dtype="float32",
+         page_dtype="float32"),
+    CASES[-1],
+)  # fmt: skip
+
+
+def check(backend: ModuleType, case: Case) -> None:
     inputs = case.build()
-    out = run(case, inputs)
+    is_decode = all(new == 1 for new, _ in case.lens)
+    out = run(case, inputs, backend, is_decode and len(inputs.q_TNE) == len(inputs.kv_lens_S))
     used = sum(new for new, _ in case.lens)
     expected = attend_float64(case, inputs)[:used]
     # Both bfloat16: probabilities are rounded to bfloat16 too. Values are of size one, so is the

@@ -11,8 +11,8 @@ from jengine.pallas_kernels.rotate_and_write import reference
 from jengine.pallas_kernels.rotate_and_write.cases import CASES, Case
 
 EPS = 1e-6
-# One for each stage that rounds: norm, scale, rotation, store.
-ROUNDINGS = 4
+# One for each stage that rounds: sum, norm, scale, rotation, store.
+ROUNDINGS = 5
 INTERPRETED = CASES
 
 
@@ -23,16 +23,19 @@ def test_reference(case: Case) -> None:
 
 def check(backend: ModuleType, case: Case) -> None:
     given = case.build()
-    qkv, pages = given.qkv_TXH.astype(case.dtype), given.kv_pages_PB2KH.astype(case.page_dtype)
+    parts, pages = given.qkv_PTXH, given.kv_pages_PB2KH.astype(case.page_dtype)
+    if case.parts == 1:
+        parts = parts.astype(case.dtype)
+    qkv = parts.astype(np.float64).sum(0)
     norms = None if given.norms_2H is None else given.norms_2H.astype(case.dtype)
     run = jax.jit(backend.rotate_and_write, static_argnames="eps", donate_argnums=3)
     q, new_pages = run(
-        qkv, given.cos_TR, given.sin_TR, jnp.asarray(pages), given.slots_T,
+        parts, given.cos_TR, given.sin_TR, jnp.asarray(pages), given.slots_T,
         np.int32(case.num_tokens), eps=EPS,
         **({} if norms is None else dict(q_norm_H=norms[0], k_norm_H=norms[1])),
     )  # fmt: skip
-    assert q.dtype == qkv.dtype and new_pages.dtype == pages.dtype
-    rotated = expected_heads(qkv.astype(np.float64), given.cos_TR, given.sin_TR, case, norms)
+    assert q.dtype == case.dtype and new_pages.dtype == pages.dtype
+    rotated = expected_heads(qkv, given.cos_TR, given.sin_TR, case, norms)
     n = case.num_tokens
     assert_close(np.asarray(q)[:n], rotated[:n, : case.heads], case.dtype)
     assert np.isfinite(np.asarray(q).astype(np.float32)).all()

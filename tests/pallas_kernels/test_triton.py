@@ -7,9 +7,19 @@ import sys
 
 import pytest
 
+OPERATIONS = (
+    "add_rms_norm",
+    "grouped_matmul",
+    "linear",
+    "mla_attention",
+    "ragged_paged_attention",
+    "rotate_and_write",
+    "route_experts",
+)
+
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("operation", ["ragged_paged_attention", "rotate_and_write"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_interpreted(operation: str) -> None:
     cases = importlib.import_module(f"tests.pallas_kernels.test_{operation}").INTERPRETED
     done = subprocess.run(

@@ -1,27 +1,34 @@
 """Routing against float64, and the independence of a row's bits from its batch."""
 
+from types import ModuleType
+
 import jax
 import numpy as np
 import pytest
 
-from jengine.layers.moe import GroupedRouting, route, route_grouped
+from jengine.pallas_kernels.route_experts import reference
+from jengine.pallas_kernels.route_experts.grouped import GroupedRouting
 
 SIZES = ((1, 1), (2, 1), (8, 2), (60, 4), (128, 8), (129, 3))
 
 
-def call(logits: np.ndarray, top_k: int, renormalise: bool) -> tuple[np.ndarray, np.ndarray]:
-    routed = jax.jit(route, static_argnames=("top_k", "renormalise"))
+def call(
+    logits: np.ndarray, top_k: int, renormalise: bool, backend: ModuleType = reference
+) -> tuple[np.ndarray, np.ndarray]:
+    routed = jax.jit(backend.route, static_argnames=("top_k", "renormalise"))
     ids, weights = routed(logits, top_k, renormalise=renormalise)
     return np.asarray(ids), np.asarray(weights)
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize(("experts", "top_k"), SIZES)
-def test_equals_float64(experts: int, top_k: int, renormalise: bool) -> None:
+def test_equals_float64(
+    experts: int, top_k: int, renormalise: bool, backend: ModuleType = reference
+) -> None:
     logits = 3 * np.random.default_rng(0).standard_normal((33, experts), np.float32)
     logits[5] -= 200.0  # far from zero: no overflow, no division by zero
     logits[6] += 200.0
-    ids, weights = call(logits, top_k, renormalise)
+    ids, weights = call(logits, top_k, renormalise, backend)
     exact = logits.astype(np.float64)
     expected_ids = np.argsort(-exact, axis=1, kind="stable")[:, :top_k]
     exact = np.exp(exact - exact.max(axis=1, keepdims=True))
@@ -64,24 +71,33 @@ GROUPED = (
 
 
 def call_grouped(
-    logits: np.ndarray, bias: np.ndarray | None, top_k: int, routing: GroupedRouting, renorm: bool
+    logits: np.ndarray,
+    bias: np.ndarray | None,
+    top_k: int,
+    routing: GroupedRouting,
+    renorm: bool,
+    backend: ModuleType = reference,
 ) -> tuple[np.ndarray, np.ndarray]:
-    ids, weights = jax.jit(lambda x, b: route_grouped(x, b, top_k, routing, renormalise=renorm))(
-        logits, bias
-    )
+    ids, weights = jax.jit(
+        lambda x, b: backend.route_grouped(x, b, top_k, routing, renormalise=renorm)
+    )(logits, bias)
     return np.asarray(ids), np.asarray(weights)
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize(("experts", "top_k", "routing"), GROUPED)
 def test_grouped_equals_float64(
-    experts: int, top_k: int, routing: GroupedRouting, renormalise: bool
+    experts: int,
+    top_k: int,
+    routing: GroupedRouting,
+    renormalise: bool,
+    backend: ModuleType = reference,
 ) -> None:
     """One row, one group at a time."""
     rng = np.random.default_rng(0)
     logits = 2 * rng.standard_normal((33, experts), np.float32)
     bias = 0.3 * rng.standard_normal(experts, np.float32) if routing.has_bias else None
-    ids, weights = call_grouped(logits, bias, top_k, routing, renormalise)
+    ids, weights = call_grouped(logits, bias, top_k, routing, renormalise, backend)
     size = experts // routing.num_groups
     for t, row in enumerate(logits.astype(np.float64)):
         powers = np.exp(row - row.max())
@@ -109,3 +125,18 @@ def test_bits_of_a_grouped_row_do_not_depend_on_the_batch(
             part = call_grouped(logits[first : first + rows], bias, top_k, routing, True)
             for got, expected in zip(part, whole, strict=True):
                 np.testing.assert_array_equal(got, expected[first : first + rows])
+
+
+# For Triton's interpreter: (experts, top_k, routing or None, renormalise).
+INTERPRETED = (
+    *((experts, k, None, renormalise) for experts, k in SIZES for renormalise in (False, True)),
+    *((experts, k, routing, True) for experts, k, routing in GROUPED if routing.num_groups == 1),
+)
+
+
+def check(backend: ModuleType, case: tuple[int, int, GroupedRouting | None, bool]) -> None:
+    experts, top_k, routing, renormalise = case
+    if routing is None:
+        test_equals_float64(experts, top_k, renormalise, backend)
+    else:
+        test_grouped_equals_float64(experts, top_k, routing, renormalise, backend)

@@ -1,0 +1,188 @@
+"""Routed experts on NVIDIA GPUs: pairs of token and expert ordered by counting, then two grouped
+products over tiles of one expert each (`triton_kernels.py`). Grids are worst cases; programs past
+the tiles in use end at once. No atomics: results do not depend on which program runs first.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
+from jengine.pallas_kernels.linear.reference import sum_of_parts
+from jengine.pallas_kernels.platform import require_cuda
+from jengine.pallas_kernels.triton_call import Schedule, triton_call
+
+DTYPES = ("bfloat16", "float16", "float32")
+FEW_TOKENS = 256  # up to here summands stay float32
+COUNTED = 2048  # pairs that a planning program takes at once
+UNIT = 64  # depths are multiples of it
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Pairs, outputs and depth of a tile, and how its kernel is compiled."""
+
+    rows: int
+    outputs: int
+    depth: int
+    schedule: Schedule
+
+
+def tile_rows(num_tokens: int, top_k: int, num_experts: int) -> int:
+    """About an expert's share, within what the matrix unit takes and registers hold."""
+    share = num_tokens * top_k // num_experts
+    return min(max(16, 1 << (share - 1).bit_length() if share else 16), 128)
+
+
+def gate_up_tiling(rows: int, depth: int, itemsize: int) -> Tiling:
+    if itemsize == 4:
+        return Tiling(rows, 32, 32, Schedule(4, 2))
+    if rows >= 128:
+        return Tiling(rows, 128, 64, Schedule(8, 3))
+    if rows > 32 or depth % 128:
+        return Tiling(rows, 64, 64, Schedule(4, 4))
+    return Tiling(rows, 64, 128, Schedule(4, 3))
+
+
+def down_tiling(rows: int, depth: int, itemsize: int) -> Tiling:
+    if itemsize == 4:
+        return Tiling(rows, 32, 32, Schedule(4, 2))
+    if rows >= 128:
+        return Tiling(rows, 128, 64, Schedule(8, 4))
+    if rows > 32 or depth % 128:
+        return Tiling(rows, 64, 64, Schedule(4, 5))
+    return Tiling(rows, 64, 128, Schedule(4, 4))
+
+
+def expert_mlp(
+    x_TD: jax.Array,
+    expert_ids_Tk: jax.Array,
+    weights_Tk: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    *,
+    num_tokens: jax.Array,
+    gate_up_bias_EF: jax.Array | None = None,
+    down_bias_ED: jax.Array | None = None,
+    activation: ClampedSwiGLU | None = None,
+) -> jax.Array:
+    parts_kTD = expert_parts(
+        x_TD,
+        expert_ids_Tk,
+        weights_Tk,
+        gate_up_EFD,
+        down_EDF,
+        num_tokens=num_tokens,
+        gate_up_bias_EF=gate_up_bias_EF,
+        down_bias_ED=down_bias_ED,
+        activation=activation,
+    )
+    is_real_T1 = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None] < num_tokens
+    return jnp.where(is_real_T1, sum_of_parts(parts_kTD, x_TD.dtype), 0)
+
+
+def expert_parts(
+    x_TD: jax.Array,
+    expert_ids_Tk: jax.Array,
+    weights_Tk: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    *,
+    num_tokens: jax.Array,
+    gate_up_bias_EF: jax.Array | None = None,
+    down_bias_ED: jax.Array | None = None,
+    activation: ClampedSwiGLU | None = None,
+) -> jax.Array:
+    (T, D), k, (E, _, F) = x_TD.shape, expert_ids_Tk.shape[1], down_EDF.shape
+    dtype = x_TD.dtype
+    if dtype not in DTYPES or gate_up_EFD.dtype != dtype or down_EDF.dtype != dtype:
+        raise NotImplementedError(f"{dtype} times {gate_up_EFD.dtype} and {down_EDF.dtype}")
+    if D % UNIT or F % UNIT:
+        raise NotImplementedError(f"widths {D}, {F}: must be multiples of {UNIT}")
+    require_cuda()
+    from jengine.pallas_kernels.grouped_matmul.triton_kernels import (
+        down_of_experts,
+        gate_up_of_experts,
+    )
+
+    rows = tile_rows(T, k, E)
+    order_M, tiles_G3, num_tiles = _plan(expert_ids_Tk, num_tokens, E, rows)
+    G = tiles_G3.shape[0]
+    precision = "ieee"  # float32 means float32: not TF32, which is Triton's default
+    tile = gate_up_tiling(rows, D, dtype.itemsize)
+    (h_MF,) = triton_call(
+        gate_up_of_experts,
+        (
+            x_TD,
+            gate_up_EFD,
+            x_TD if gate_up_bias_EF is None else gate_up_bias_EF,
+            order_M,
+            tiles_G3,
+            num_tiles,
+        ),
+        [jax.ShapeDtypeStruct((T * k, F), dtype)],
+        grid=(G * -(-F // tile.outputs),),
+        constants={
+            "D": D, "F": F, "TOP_K": k, "BF": tile.outputs, "ROWS": rows, "BK": tile.depth,
+            "STAGES": tile.schedule.num_stages, "HAS_BIAS": gate_up_bias_EF is not None,
+            "ALPHA": 0.0 if activation is None else float(activation.alpha),
+            "LIMIT": 0.0 if activation is None else float(activation.limit),
+            "PRECISION": precision,
+        },
+        schedule=tile.schedule,
+    )  # fmt: skip
+    tile = down_tiling(rows, F, dtype.itemsize)
+    return triton_call(
+        down_of_experts,
+        (
+            h_MF,
+            down_EDF,
+            x_TD if down_bias_ED is None else down_bias_ED,
+            weights_Tk.astype(jnp.float32),
+            order_M,
+            tiles_G3,
+            num_tiles,
+        ),
+        [jax.ShapeDtypeStruct((k, T, D), jnp.float32 if k > 1 and T <= FEW_TOKENS else dtype)],
+        grid=(G * -(-D // tile.outputs),),
+        constants={
+            "T": T, "D": D, "F": F, "TOP_K": k, "BF": tile.outputs, "ROWS": rows,
+            "BK": tile.depth, "STAGES": tile.schedule.num_stages,
+            "HAS_BIAS": down_bias_ED is not None, "PRECISION": precision,
+        },
+        schedule=tile.schedule,
+    )[0]  # fmt: skip
+
+
+def _plan(
+    expert_ids_Tk: jax.Array, num_tokens: jax.Array, num_experts: int, rows: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(order i32[M], tiles i32[G, 3], i32[1]: how many of them are in use)."""
+    from jengine.pallas_kernels.grouped_matmul.triton_kernels import plan_experts
+
+    (T, k), E = expert_ids_Tk.shape, num_experts
+    M = T * k
+    # A touched expert wastes less than one tile, and there are at most E and at most M of them.
+    G = min(E, M) + M // rows
+    order_M, tiles_G3, num_tiles = triton_call(
+        plan_experts,
+        (expert_ids_Tk, jnp.asarray(num_tokens, jnp.int32).reshape(1)),
+        [
+            jax.ShapeDtypeStruct((M,), jnp.int32),
+            jax.ShapeDtypeStruct((G, 3), jnp.int32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+        ],
+        grid=(E,),
+        constants={
+            "M": M,
+            "TOP_K": k,
+            "E": E,
+            "EP": 1 << E.bit_length(),
+            "ROWS": rows,
+            "TILES": 1 << (-(-T // rows) - 1).bit_length(),
+            "CHUNK": min(COUNTED, max(32, 1 << (M - 1).bit_length())),
+        },
+        schedule=Schedule(num_warps=4, num_stages=1),
+    )
+    return order_M, tiles_G3, num_tiles

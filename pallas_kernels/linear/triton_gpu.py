@@ -1,0 +1,107 @@
+"""Products with few rows on NVIDIA GPUs (`triton_kernels.py`), which end where the next kernel can
+go on: as summands of split depth, or with gate and up joined.
+
+On an H100 the four products of a Llama 8B layer take 166 us at 1 row so, against 176 of XLA's with
+the kernels that they save (`docs/benchmarks.md`).
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jengine.pallas_kernels.platform import is_hopper
+from jengine.pallas_kernels.triton_call import Schedule, triton_call
+
+MAX_PARTS_ROWS = 64  # with more, cuBLASLt's own splitting is faster
+MAX_GATED_ROWS = 128
+MIN_DEPTH = 512  # of a split
+MIN_PROGRAMS = 192  # one and a half for each multiprocessor
+TILE_OUTPUTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Columns (tokens) and depth of a tile, and how its kernel is compiled."""
+
+    tokens: int
+    depth: int
+    schedule: Schedule
+
+
+def tiling(rows: int, depth: int) -> Tiling:
+    """Keeps 50 to 100 KiB of weights in flight on each multiprocessor."""
+    if rows > 32 or depth % 128:
+        tokens = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+        return Tiling(tokens, 64, Schedule(4, 5))
+    return Tiling(16 if rows <= 16 else 32, 128, Schedule(4, 4))
+
+
+def split_count(outputs: int, depth: int, tile_depth: int) -> int:
+    """Fewest equal splits of the depth that give every multiprocessor something to do."""
+    blocks = depth // tile_depth
+    tiles = -(-outputs // TILE_OUTPUTS)
+    best = 1
+    for splits in range(1, 9):
+        if blocks % splits or (splits > 1 and depth // splits < MIN_DEPTH):
+            continue
+        best = splits
+        if tiles * splits >= MIN_PROGRAMS:
+            break
+    return best
+
+
+def linear_parts(
+    x_TD: jax.Array, w_FD: jax.Array, *, num_tokens: jax.Array | None = None
+) -> jax.Array:
+    del num_tokens  # padding rows are computed like the rest
+    (T, D), F = x_TD.shape, w_FD.shape[0]
+    _require_few_rows(x_TD, w_FD, MAX_PARTS_ROWS)
+    tile = tiling(T, D)
+    return _multiply(x_TD, w_FD, F, tile, split_count(F, D, tile.depth), gated=False)
+
+
+def silu_linear(
+    x_TD: jax.Array, w_F2D: jax.Array, *, num_tokens: jax.Array | None = None
+) -> jax.Array:
+    del num_tokens  # padding rows are computed like the rest
+    _require_few_rows(x_TD, w_F2D, MAX_GATED_ROWS)
+    F = w_F2D.shape[0] // 2
+    return _multiply(x_TD, w_F2D, F, tiling(*x_TD.shape), 1, gated=True)[0]
+
+
+def _require_few_rows(x_TD: jax.Array, w_FD: jax.Array, max_rows: int) -> None:
+    if x_TD.dtype != jnp.bfloat16 or w_FD.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"{x_TD.dtype} times {w_FD.dtype}")
+    if x_TD.shape[0] > max_rows or x_TD.shape[1] % 64:
+        raise NotImplementedError(f"rows {x_TD.shape}: at most {max_rows}, of a multiple of 64")
+    if not is_hopper():
+        raise NotImplementedError("tuned for Hopper")
+
+
+def _multiply(
+    x_TD: jax.Array, w_FD: jax.Array, outputs: int, tile: Tiling, splits: int, *, gated: bool
+) -> jax.Array:
+    """[splits, T, outputs]: in float32 if they are summands, else in the dtype of `x`."""
+    from jengine.pallas_kernels.linear.triton_kernels import multiply_rows
+
+    T, D = x_TD.shape
+    dtype = jnp.float32 if splits > 1 else x_TD.dtype
+    return triton_call(
+        multiply_rows,
+        (x_TD, w_FD),
+        [jax.ShapeDtypeStruct((splits, T, outputs), dtype)],
+        grid=(-(-outputs // TILE_OUTPUTS) * splits * -(-T // tile.tokens),),
+        constants={
+            "T": T,
+            "F": outputs,
+            "D": D,
+            "BF": TILE_OUTPUTS,
+            "BT": tile.tokens,
+            "BK": tile.depth,
+            "SPLITS": splits,
+            "GATED": gated,
+            "STAGES": tile.schedule.num_stages,
+        },
+        schedule=tile.schedule,
+    )[0]
