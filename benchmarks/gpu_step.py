@@ -23,7 +23,7 @@ from jengine import LLM
 
 STEPS = 64
 TRACED = 12
-MARK = "rotate_heads"  # a kernel that every layer runs once
+MARKS = ("decode_split", "decode_latent_split")  # kernels of which every layer runs one, once
 
 
 def main() -> None:
@@ -78,8 +78,8 @@ def measure(llm: LLM, batch: int, options: argparse.Namespace, config: dict[str,
 
 
 def report_kernels(events: list[tuple[str, float, float]], layers: int, top: int) -> None:
-    """Of the last steps, told apart by `MARK`: sum and the largest."""
-    marks = [i for i, event in enumerate(events) if event[0] == MARK]
+    """Of the last steps, told apart by `MARKS`: sum and the largest."""
+    marks = [i for i, event in enumerate(events) if event[0] in MARKS]
     steps = TRACED - 4
     if len(marks) <= layers * (steps + 1):
         print("    no kernels in the trace")

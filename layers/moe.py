@@ -10,7 +10,6 @@ from jengine.layers.param import param
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.grouped_matmul.api import expert_parts
 from jengine.pallas_kernels.linear.api import linear
-from jengine.pallas_kernels.linear.reference import sum_of_parts
 from jengine.pallas_kernels.route_experts.api import GroupedRouting, route, route_grouped
 
 
@@ -74,9 +73,6 @@ class SparseMLP(nnx.Module):
         bias_E = None if self.e_score_correction_bias is None else self.e_score_correction_bias[...]
         return route_grouped(logits_TE, bias_E, top_k, moe.grouped, renormalise=renormalise)
 
-    def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        return sum_of_parts(self.parts(x_TD, num_tokens), x_TD.dtype)
-
     def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """[P, T, D], as `LlamaMLP.parts`; unspecified at or past `num_tokens`."""
         ids_Tk, weights_Tk = self.choose(self.gate(x_TD, num_tokens))
@@ -92,3 +88,10 @@ class SparseMLP(nnx.Module):
             down_bias_ED=None if down_bias is None else down_bias[...],
             activation=self.moe.activation,
         )
+
+
+def side_by_side(routed_PTD: jax.Array, shared_PTD: jax.Array) -> jax.Array:
+    """The summands of routed and shared experts as those of one result."""
+    if routed_PTD.dtype != shared_PTD.dtype:
+        routed_PTD, shared_PTD = routed_PTD.astype(jnp.float32), shared_PTD.astype(jnp.float32)
+    return jnp.concatenate([routed_PTD, shared_PTD])

@@ -13,7 +13,7 @@ import numpy as np
 
 from jengine.kv_spec import KVKind, KVSpec
 from jengine.layers.mla import LatentAttention, MLAConfig
-from jengine.layers.moe import GroupedRouting, SparseMLP
+from jengine.layers.moe import GroupedRouting, SparseMLP, side_by_side
 from jengine.loading.rules import WeightRule, WeightTable
 from jengine.models.config_fields import ConfigFields
 from jengine.models.decoder_weights import (
@@ -134,8 +134,9 @@ class DeepseekMoE(SparseMLP):
         shared = dataclasses.replace(cfg, intermediate_size=cfg.shared_intermediate_size)
         self.shared_experts = LlamaMLP(shared)
 
-    def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        return super().__call__(x_TD, num_tokens) + self.shared_experts(x_TD, num_tokens)
+    def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        shared_PTD = self.shared_experts.parts(x_TD, num_tokens)
+        return side_by_side(super().parts(x_TD, num_tokens), shared_PTD)
 
 
 class DeepseekV2ForCausalLM(LlamaForCausalLM):

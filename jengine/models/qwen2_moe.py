@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 
 from jengine.layers.linear import Linear
-from jengine.layers.moe import SparseMLP
+from jengine.layers.moe import SparseMLP, side_by_side
 from jengine.loading.rules import WeightRule, WeightTable
 from jengine.models.config_fields import ConfigFields
 from jengine.models.decoder_weights import (
@@ -82,10 +82,10 @@ class Qwen2MoeMLP(SparseMLP):
         self.shared_expert = LlamaMLP(shared_config(cfg))
         self.shared_expert_gate = Linear(cfg.hidden_size, 1, (None, "embed"), cfg.dtype)
 
-    def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+    def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         share_T1 = jax.nn.sigmoid(self.shared_expert_gate(x_TD, num_tokens))
-        shared_TD = self.shared_expert(x_TD, num_tokens)
-        return super().__call__(x_TD, num_tokens) + share_T1 * shared_TD
+        shared_TD = share_T1 * self.shared_expert(x_TD, num_tokens)
+        return side_by_side(super().parts(x_TD, num_tokens), shared_TD[None])
 
 
 def shared_config(cfg: Qwen2MoeConfig) -> Qwen2MoeConfig:

@@ -27,8 +27,28 @@ main()
 """
 
 
-def test_tokens_equal_the_cpus(tiny_llama: Path) -> None:
-    assert tokens(tiny_llama, "cuda") == tokens(tiny_llama, "cpu")
+# Widths that the GPU kernels take.
+FAMILIES = {
+    "llama": {},
+    "qwen3-moe": dict(
+        family="Qwen3Moe", num_experts=8, num_experts_per_tok=3, moe_intermediate_size=64,
+        head_dim=32, norm_topk_prob=True,
+    ),
+    "deepseek-v2": dict(
+        family="DeepseekV2", n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=2,
+        moe_intermediate_size=64, first_k_dense_replace=1, kv_lora_rank=32, q_lora_rank=None,
+        qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, head_dim=8,
+        num_key_value_heads=4, topk_method="greedy", n_group=1, topk_group=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_equal_the_cpus(family: str, tmp_path: Path) -> None:
+    from tests.oracles.tiny_llama import make_tiny_llama
+
+    make_tiny_llama(tmp_path, **FAMILIES[family])
+    assert tokens(tmp_path, "cuda") == tokens(tmp_path, "cpu")
 
 
 def tokens(model: Path, platform: str) -> list[list[int]]:

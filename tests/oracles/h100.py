@@ -117,10 +117,7 @@ def compile_step(
 ) -> Program:
     """The step of one bucket as the engine builds and compiles it, over abstract parameters in
     bfloat16. `options` are the compiler's, beside the engine's own."""
-    _, model_class = resolve_architecture(config)
-    cfg = model_class.config_class.from_hf(
-        config, dtype="bfloat16", kv_dtype="bfloat16", max_model_len=MAX_MODEL_LEN
-    )
+    model_class, cfg = _model(config)
     module = model_class(cfg)
     graphdef, state = nnx.split(module)
     groups = build_groups(model_class.kv_specs(cfg), PAGE_SIZE)
@@ -142,9 +139,18 @@ def compile_step(
 
 
 def kv_arrays(config: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    entry = (2, config["num_key_value_heads"], config["head_dim"])
-    page = _array((NUM_PAGES, PAGE_SIZE, *entry), "bfloat16")
-    return (page,) * config["num_hidden_layers"]
+    model_class, cfg = _model(config)
+    specs = model_class.kv_specs(cfg)
+    return tuple(_array((NUM_PAGES, PAGE_SIZE, *s.entry_shape), s.dtype) for s in specs)
+
+
+def _model(config: dict[str, Any]) -> tuple[Any, Any]:
+    """(class, its config)"""
+    _, model_class = resolve_architecture(config)
+    cfg = model_class.config_class.from_hf(
+        config, dtype="bfloat16", kv_dtype="bfloat16", max_model_len=MAX_MODEL_LEN
+    )
+    return model_class, cfg
 
 
 def row_state(config: dict[str, Any]) -> RowState:
