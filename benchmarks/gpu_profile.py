@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+MARKS = ("decode_split", "decode_latent_split")  # kernels of which every layer runs one, once
+TRACED = 40  # steps of a trace, the first of them with prompts
+
 
 class KernelTime(NamedTuple):
     """Of one kernel name, over a whole trace."""
@@ -45,6 +48,29 @@ def idle_share(run: Callable[[], Any]) -> float:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return 1 - busy / (reached - spans[0][0])
+
+
+def report_decode(run: Callable[[int], Any], layers: int, *, first: int, top: int) -> None:
+    """Print what the kernels of a decode step take, the largest first. `run` generates so many
+    tokens; from step `first` on all requests decode.
+    """
+    events = sorted(trace_events(lambda: run(TRACED + 1)), key=lambda event: event[1])
+    marks = [i for i, event in enumerate(events) if event[0] in MARKS]
+    steps = TRACED - 1 - first
+    if steps < 1 or len(marks) <= layers * (first + steps):
+        print("    no kernels in the trace")
+        return
+    totals: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
+    for name, start, end in events[marks[layers * first] : marks[layers * (first + steps)]]:
+        totals[name] += (end - start) / 1e3
+        counts[name] += 1
+    print(f"    kernels {sum(totals.values()) / steps / 1e3:.3f} ms a step")
+    for name, us in totals.most_common(top):
+        print(
+            f"    {us / steps:8.1f} us, {counts[name] / steps:5.1f} of {us / counts[name]:6.1f}: "
+            f"{name[:60]}"
+        )
 
 
 def trace_events(run: Callable[[], Any]) -> list[tuple[str, float, float]]:

@@ -8,7 +8,6 @@ XLA launches them one by one: their sum is what the device works on a step, the 
 """
 
 import argparse
-import collections
 import json
 import statistics
 import tempfile
@@ -17,13 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_profile import trace_events
-from benchmarks.gpu_table import greedy, prompts_of, timed
+from benchmarks.gpu_profile import report_decode
+from benchmarks.gpu_table import BUDGET, greedy, prompts_of, timed
 from jengine import LLM
 
 STEPS = 64
-TRACED = 12
-MARKS = ("decode_split", "decode_latent_split")  # kernels of which every layer runs one, once
 
 
 def main() -> None:
@@ -43,7 +40,7 @@ def main() -> None:
             skip_tokenizer_init=True,
             max_model_len=8704,
             max_num_seqs=256,
-            max_num_batched_tokens=8192,
+            max_num_batched_tokens=BUDGET,
             enable_prefix_caching=False,
             background_compile=False,
         )
@@ -71,29 +68,12 @@ def measure(llm: LLM, batch: int, options: argparse.Namespace, config: dict[str,
         f"collect {host['collect'] * 1e3:.3f}",
         flush=True,
     )
-    events = sorted(
-        trace_events(lambda: timed(llm, prompts, greedy(TRACED + 1))), key=lambda e: e[1]
+    report_decode(
+        lambda tokens: timed(llm, prompts, greedy(tokens)),
+        config["num_hidden_layers"],
+        first=-(-batch * options.context // BUDGET) + 1,
+        top=options.top,
     )
-    report_kernels(events, config["num_hidden_layers"], options.top)
-
-
-def report_kernels(events: list[tuple[str, float, float]], layers: int, top: int) -> None:
-    """Of the last steps, told apart by `MARKS`: sum and the largest."""
-    marks = [i for i, event in enumerate(events) if event[0] in MARKS]
-    steps = TRACED - 4
-    if len(marks) <= layers * (steps + 1):
-        print("    no kernels in the trace")
-        return
-    events = events[marks[-layers * (steps + 1)] : marks[-layers]]
-    totals: collections.Counter[str] = collections.Counter()
-    counts: collections.Counter[str] = collections.Counter()
-    for name, start, end in events:
-        totals[name] += (end - start) / 1e3
-        counts[name] += 1
-    print(f"    kernels {sum(totals.values()) / steps / 1e3:.3f} ms a step")
-    for name, us in totals.most_common(top):
-        per_step = counts[name] / steps
-        print(f"    {us / steps:8.1f} us, {per_step:5.1f} of {us / counts[name]:6.1f}: {name[:60]}")
 
 
 def _recorded(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:

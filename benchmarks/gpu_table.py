@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_profile import idle_share
+from benchmarks.gpu_profile import idle_share, report_decode
 from jengine import LLM, SamplingParams
 
 STEPS = 128
+BUDGET = 8192  # tokens of a step
 DECODE = ("1x1024", "8x1024", "32x1024", "64x1024", "128x1024", "256x512")
 PREFILL = ("1x128", "1x1024", "1x8192", "8x2048")
 
@@ -35,6 +36,10 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=8704)
     parser.add_argument("--max-decode-steps", type=int)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--compile-threads", type=int)
+    parser.add_argument("--decode-buckets", type=int, nargs="*", default=())
+    parser.add_argument("--prefill-buckets", type=int, nargs="*", default=())
+    parser.add_argument("--kernels", nargs="*", default=(), help="decode cases to trace as well")
     parser.add_argument(
         "--idle",
         action="store_true",
@@ -52,14 +57,27 @@ def main() -> None:
             skip_tokenizer_init=True,
             max_model_len=options.max_model_len,
             max_num_seqs=256,
-            max_num_batched_tokens=8192,
+            max_num_batched_tokens=BUDGET,
             max_decode_steps=options.max_decode_steps,
             enable_prefix_caching=False,
+            decode_buckets=tuple(options.decode_buckets),
+            prefill_buckets=tuple(options.prefill_buckets),
+            compile_threads=options.compile_threads,
         )
         ready = time.perf_counter() - started
         llm.wait_until_compiled()
         print(f"ready after {ready:.1f} s, all executables {time.perf_counter() - started:.1f} s")
         rows = measure(llm, config["vocab_size"], options)
+        for case in options.kernels:
+            batch, length = map(int, case.split("x"))
+            print(f"kernels of decode {case}")
+            prompts = prompts_of(batch, length, config["vocab_size"], 9)
+            report_decode(
+                lambda tokens, prompts=prompts: timed(llm, prompts, greedy(tokens)),
+                config["num_hidden_layers"],
+                first=-(-batch * length // BUDGET) + 1,
+                top=16,
+            )
         if options.idle:
             prompts = prompts_of(1, 1024, config["vocab_size"], 9)
             share = idle_share(lambda: timed(llm, prompts, greedy(STEPS + 1)))

@@ -33,6 +33,6 @@ def add_rms_norm(
         [row, row],
         grid=(T,),
         constants={"T": T, "D": D, "DP": 1 << (D - 1).bit_length(), "P": P, "EPS": float(eps)},
-        schedule=Schedule(num_warps=8, num_stages=1),
+        schedule=Schedule(num_warps=16 if D >= 4096 else 8, num_stages=1),
     )
     return x_TD, normed_TD

@@ -29,6 +29,7 @@ class Tiling:
     rows: int
     block: int
     schedule: Schedule
+    programs_per_multiprocessor: int = 1
 
 
 def decode_tiling(num_heads: int, itemsize: int) -> Tiling:
@@ -36,7 +37,9 @@ def decode_tiling(num_heads: int, itemsize: int) -> Tiling:
     heads = 16 if num_heads <= 16 else 32 if num_heads <= 32 else 64
     if itemsize == 4:
         return Tiling(16, 16, 16, Schedule(4, 2))
-    return Tiling(heads, heads, 32 if heads <= 32 else 64, Schedule(4 if heads <= 16 else 8, 3))
+    if heads == 16:
+        return Tiling(16, 16, 32, Schedule(4, 3), 3)
+    return Tiling(heads, heads, 32, Schedule(8, 3))
 
 
 def tile_tiling(num_heads: int, itemsize: int) -> Tiling:
@@ -123,7 +126,9 @@ def _decode(
     (T, N, _), C = q_TNE.shape, constants["C"]
     tile = decode_tiling(N, itemsize)
     W, S = splits.items.shape[0], page_table_SM.shape[0]
-    num_programs = min(W * -(-N // tile.heads), NUM_MULTIPROCESSORS)
+    num_programs = min(
+        W * -(-N // tile.heads), NUM_MULTIPROCESSORS * tile.programs_per_multiprocessor
+    )
     out_shape = jax.ShapeDtypeStruct((T, N, C), q_TNE.dtype)
     out, acc, top, total = triton_call(
         decode_latent_split,
