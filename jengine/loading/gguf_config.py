@@ -38,6 +38,8 @@ from jengine.loading.gguf_source import GGUFFile, GGUFSource
 LLAMA3_ORIGINAL_CONTEXT = 8192  # of every Llama 3; the file does not say
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_FREQS_TOLERANCE = 1e-4  # relative; the factors are stored as f32
+CONTROL_TOKEN = 3  # llama.cpp's llama_token_type
+ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 # GGUF key -> generation_config.json
 _SAMPLING = {
@@ -127,11 +129,21 @@ def generation_config_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
         theirs: short(metadata[ours]) for ours, theirs in _SAMPLING.items() if ours in metadata
     }
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if ends[1] is None:  # as many converters leave it
+        ends += [i for i in map(_control_tokens(metadata).get, ENDS_OF_TURN) if i is not None]
     if ids := list(dict.fromkeys(token_id for token_id in ends if token_id is not None)):
         config["eos_token_id"] = ids
     if (bos := metadata.get("tokenizer.ggml.bos_token_id")) is not None:
         config["bos_token_id"] = bos
     return config
+
+
+def _control_tokens(metadata: Mapping[str, Any]) -> dict[str, int]:
+    tokens, types = (
+        metadata.get(f"tokenizer.ggml.{name}") or () for name in ("tokens", "token_type")
+    )
+    kinds = enumerate(zip(tokens, types, strict=False))
+    return {token: i for i, (token, kind) in kinds if kind == CONTROL_TOKEN}
 
 
 def _rope_scaling(file: GGUFFile, keys: Keys, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -1,5 +1,5 @@
-"""Every architecture that GGUF files are read for: a model written as llama.cpp's converter would is
-the model that its Hugging Face folder holds, number by number.
+"""Every architecture that GGUF files are read for: a model written as llama.cpp's converter would
+is the model that its Hugging Face folder holds, number by number.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def test_every_architecture_has_a_case() -> None:
 
 def test_gemma3_says_its_scaled_length(tmp_path: Path) -> None:
     """Its `max_position_embeddings` is what the scaling gives, in either file."""
-    old = dict(rope_scaling={"rope_type": "linear", "factor": 8.0})
+    old: dict[str, Any] = dict(rope_scaling={"rope_type": "linear", "factor": 8.0})
     model = make_tiny_llama(tmp_path / "hf", **CASES["gemma3-linear"])
     write(tmp_path / "x.gguf", model)
     for path, overrides in (("hf", {"rope_parameters": None, **old}), ("x.gguf", {})):
