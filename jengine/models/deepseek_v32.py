@@ -86,7 +86,7 @@ class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
     config_class = DeepseekV32Config
 
     @staticmethod
-    def decoder_layer(cfg: DeepseekV32Config, layer: int) -> LlamaDecoderLayer:
+    def decoder_layer(cfg: Any, layer: int) -> LlamaDecoderLayer:
         attention = SparseLatentAttention(
             cfg.hidden_size,
             cfg.num_attention_heads,
@@ -108,7 +108,7 @@ class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
         return tuple(dataclasses.replace(spec, entry_shape=shape) for spec in latents)
 
     @staticmethod
-    def weight_table(cfg: DeepseekV32Config, dialect: str) -> WeightTable:
+    def weight_table(cfg: Any, dialect: str) -> WeightTable:
         table = DeepseekV3ForCausalLM.weight_table(cfg, dialect)
         return dataclasses.replace(table, rules=(*table.rules, *indexer_rules(cfg)))
 

@@ -70,7 +70,7 @@ def select_tokens(
                 lax.dynamic_slice_in_dim(x, at, QUERY_TILE) for x in (q_TJX, weights_TJ)
             )
             ranks_QL = _score(
-                q_QJX, weights_QJ, pages_PBE, table_M, ranks_QL, kv_len,
+                q_QJX, weights_QJ, pages_PBE, table_M, ranks_QL,
                 jnp.where(is_chosen_from, end, 0), scale, sizes,
             )  # fmt: skip
             last_Q = jnp.minimum(first + lax.iota(jnp.int32, QUERY_TILE), kv_len - 1)
@@ -94,12 +94,13 @@ def _score(
     pages_PBE: jax.Array,
     table_M: jax.Array,
     ranks_QL: jax.Array,
-    kv_len: jax.Array,
     end: jax.Array,
     scale: float,
     sizes: Sizes,
 ) -> jax.Array:
-    """`ranks` with the scores of positions before `end`, as numbers in the order of the scores."""
+    """`ranks` with the scores of positions before `end`, as numbers in the order of the scores.
+    Unused slots of the last block may score NaN: `_choose` looks at no such position.
+    """
     Q, J, X = q_QJX.shape
     C, block_pages, offset = sizes.block, sizes.block // sizes.page, pages_PBE.shape[2] - X
     dtype = q_QJX.dtype if q_QJX.dtype == pages_PBE.dtype else jnp.dtype(jnp.float32)
@@ -108,8 +109,6 @@ def _score(
     def score_block(block: jax.Array, ranks_QL: jax.Array) -> jax.Array:
         pages = lax.dynamic_slice_in_dim(table_M, block * block_pages, block_pages)
         keys_CX = pages_PBE[pages, :, offset:].reshape(C, X).astype(dtype)
-        is_live_C = block * C + lax.iota(jnp.int32, C) < kv_len
-        keys_CX = jnp.where(is_live_C[:, None], keys_CX, jnp.zeros((), dtype))  # unused slots: NaN
         s_RC = jnp.einsum(
             "RX,CX->RC",
             q_RX,

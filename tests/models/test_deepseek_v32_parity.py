@@ -192,12 +192,14 @@ def permuted_further(hf_model: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 def test_neighbours_and_prefix_hits_change_no_token(tmp_path: Path) -> None:
     """In bfloat16: four requests together, then each alone, its first page from the cache."""
-    make_tiny_llama(tmp_path, **V32)
+    one_layer: dict[str, Any] = dict(V32, num_hidden_layers=1, first_k_dense_replace=0)
+    make_tiny_llama(tmp_path, **one_layer)
     prompts = [TokensPrompt(prompt_token_ids=[*range(5, 25), 30 + i]) for i in range(4)]
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     with LLM(
         str(tmp_path), dtype="bfloat16", skip_tokenizer_init=True, num_pages=32, max_num_seqs=4,
-        max_num_batched_tokens=32, keep_executables=False,
+        max_num_batched_tokens=32, keep_executables=False, prefill_buckets=(32,),
+        decode_buckets=(1, 4),
     ) as llm:  # fmt: skip
         together = llm.generate(prompts, params)
         alone = [llm.generate([prompt], params)[0] for prompt in prompts]
