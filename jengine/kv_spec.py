@@ -15,7 +15,8 @@ class KVKind(StrEnum):
 
     FULL = "full"  # every token keeps its entry
     SLIDING_WINDOW = "sliding_window"  # only the last `window` tokens are read
-    MLA = "mla"  # every token keeps one latent entry, which all heads read as key and value
+    MLA = "mla"  # every token keeps one latent entry, which all heads read as key and value, and
+    # beside it an index key where attention is sparse
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,10 +80,11 @@ class LatentAttention(nnx.Module):
         rotation: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (summands of out [P, T, D], pages). The pages are consumed."""
-        T, num_tokens = x_TD.shape[0], metadata.num_tokens
+        num_tokens = metadata.num_tokens
         group = metadata.group_of_layer[self.layer]
         rows = self.qkv_a_proj(x_TD, num_tokens)
-        q_TNE = self.queries(rows[:, : self.q_rows], num_tokens, rotation)
+        latent = self.query_latent(rows[:, : self.q_rows], num_tokens)
+        q_TNE = self.queries(latent, num_tokens, rotation)
         entries_TE = self.entries(rows[:, self.q_rows :], num_tokens, rotation)
         pages_PBE = latent_write(pages_PBE, entries_TE, metadata.slots[group], num_tokens)
         out_TNC = mla_attention(
@@ -97,15 +98,18 @@ class LatentAttention(nnx.Module):
             scale=self.scale,
             is_decode=metadata.is_decode,
         )
-        out_TNV = linear_heads(out_TNC, self.up_v[...], num_tokens=num_tokens)
-        return self.o_proj.parts(out_TNV.reshape(T, -1), num_tokens), pages_PBE
+        return self.output(out_TNC, num_tokens), pages_PBE
+
+    def query_latent(self, rows: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """What queries are projected from; themselves where they have no latent."""
+        return rows if self.q_a_layernorm is None else self.q_a_layernorm(rows, num_tokens)
 
     def queries(
         self, rows: jax.Array, num_tokens: jax.Array, rotation: tuple[jax.Array, jax.Array]
     ) -> jax.Array:
-        """[T, N, E], to be compared with entries."""
-        if self.q_a_layernorm is not None and self.q_b_proj is not None:
-            rows = self.q_b_proj(self.q_a_layernorm(rows, num_tokens), num_tokens)
+        """[T, N, E], to be compared with entries; of what `query_latent` gave."""
+        if self.q_b_proj is not None:
+            rows = self.q_b_proj(rows, num_tokens)
         q_TNH = rows.reshape(rows.shape[0], -1, self.mla.qk_head_dim)
         q_TNP, q_TNR = jnp.split(q_TNH, (self.mla.qk_nope_head_dim,), axis=-1)
         q_TNC = linear_heads(q_TNP, self.up_k[...], num_tokens=num_tokens)
@@ -118,3 +122,8 @@ class LatentAttention(nnx.Module):
         latent_TC, key_TR = jnp.split(rows, (self.mla.kv_lora_rank,), axis=-1)
         key_TR = rotate(key_TR[:, None], *rotation)[:, 0]
         return jnp.concatenate([self.kv_a_layernorm(latent_TC, num_tokens), key_TR], axis=-1)
+
+    def output(self, out_TNC: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """[P, T, D]: summands of the result, of what each head found among the latents."""
+        out_TNV = linear_heads(out_TNC, self.up_v[...], num_tokens=num_tokens)
+        return self.o_proj.parts(out_TNV.reshape(out_TNV.shape[0], -1), num_tokens)

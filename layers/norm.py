@@ -62,6 +62,20 @@ class LayerNorm(WideRMSNorm):
         return super().__call__(centred_TD, num_tokens).astype(x_TD.dtype)
 
 
+class BiasedLayerNorm(LayerNorm):
+    """Layer normalisation with a bias."""
+
+    def __init__(self, dim: int, eps: float, dtype: str, axis: str = "embed") -> None:
+        super().__init__(dim, eps, dtype, axis)
+        self.bias = param((dim,), (axis,), "float32", init="zeros")
+
+    def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        normed_TD = super().__call__(x_TD.astype(jnp.float32), num_tokens)
+        # Else XLA:CPU may fuse scale and bias in some shapes only: see `layers.linear.scaled`.
+        normed_TD = jax.lax.optimization_barrier(normed_TD)
+        return (normed_TD + self.bias[...][None, :]).astype(x_TD.dtype)
+
+
 def centre(x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
     """Float32 rows less their means, which are sums that depend on their own row only."""
     ones = jnp.ones((MIN_COLUMNS, x_TD.shape[1]), jnp.float32)

@@ -18,8 +18,12 @@ biases) are permuted within each head: the converter stores x.reshape(heads, 2, 
 2), so that the two halves which Hugging Face rotates together lie side by side; x.reshape(heads,
 H/2, 2, D).swapaxes(1, 2) undoes it.
 
-`qwen3` adds blk.{i}.attn_q_norm.weight and blk.{i}.attn_k_norm.weight, both [H], and permutes
-nothing.
+The other architectures permute nothing and add to these, or replace some:
+
+    qwen3, gemma3   blk.{i}.attn_q_norm.weight, attn_k_norm.weight [H]
+    gemma2, gemma3  blk.{i}.post_attention_norm.weight, post_ffw_norm.weight [D]
+    phi3            blk.{i}.attn_qkv.weight [(N+2K)*H, D], ffn_up.weight [2F, D] (gate, then up);
+                    rope_factors_long.weight, rope_factors_short.weight [R/2] (LongRoPE only, f32)
 """
 
 from collections.abc import Mapping
@@ -28,12 +32,14 @@ from typing import Any
 import numpy as np
 
 from jengine.errors import LoadError
+from jengine.loading.gguf_families import FAMILIES, LONG_FACTORS, Keys, short
 from jengine.loading.gguf_source import GGUFFile, GGUFSource
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 LLAMA3_ORIGINAL_CONTEXT = 8192  # of every Llama 3; the file does not say
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_FREQS_TOLERANCE = 1e-4  # relative; the factors are stored as f32
+CONTROL_TOKEN = 3  # llama.cpp's llama_token_type
+ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 # GGUF key -> generation_config.json
 _SAMPLING = {
@@ -51,32 +57,53 @@ def hf_config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     """
     metadata, tensors = file.metadata, file.tensors
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if architecture not in FAMILIES:
         raise LoadError(
-            f"GGUF architecture {architecture!r} is not supported; "
-            f"known: {', '.join(ARCHITECTURES)}"
+            f"GGUF architecture {architecture!r} is not supported; known: {', '.join(FAMILIES)}"
         )
     if metadata.get("split.count", 1) > 1:
         raise LoadError(
             f"{file.path} is one of {metadata['split.count']} parts: "
             "merge them with llama-gguf-split"
         )
-    keys = _Keys(metadata, architecture)
+    keys = Keys(metadata, architecture)
     if keys.get("expert_count", 0):
         raise LoadError(
             f"{file.path} is a mixture of experts, which is not supported in GGUF files"
         )
     if "token_embd.weight" not in tensors:
         raise LoadError("tensor 'token_embd.weight' is missing")
+    config = _shared_fields(file, keys)
+    if (scaling := _rope_scaling(file, keys, config)) is not None:
+        config["rope_scaling"] = scaling
+    for name in ("bos", "eos", "padding"):
+        if (token_id := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            config["pad_token_id" if name == "padding" else f"{name}_token_id"] = token_id
+    family, source = FAMILIES[architecture], GGUFSource(file)
+    for field, key in family.fields.items():
+        if (value := keys.get(key, 0)) != 0:  # 0 says that there is no window
+            config[field] = value
+
+    def read(name: str) -> np.ndarray | None:
+        return source.read(name) if name in tensors else None
+
+    return config | family.derive(keys, config, read)
+
+
+def _shared_fields(file: GGUFFile, keys: Keys) -> dict[str, Any]:
+    """What every architecture says by the same keys and tensors."""
+    tensors, family = file.tensors, FAMILIES[keys.prefix]
     hidden, heads = keys.need("embedding_length"), keys.need("attention.head_count")
-    head_dim = keys.get("attention.key_length", keys.get("rope.dimension_count", hidden // heads))
-    if keys.get("rope.dimension_count", head_dim) != head_dim:
+    rotates = keys.get("rope.dimension_count")
+    whole = hidden // heads if family.rotates_a_part or rotates is None else rotates
+    head_dim = keys.get("attention.key_length", whole)
+    if not family.rotates_a_part and rotates not in (None, head_dim):
         raise LoadError(
-            f"{architecture}.rope.dimension_count is not the head size {head_dim}: not supported"
+            f"{keys.prefix}.rope.dimension_count is not the head size {head_dim}: not supported"
         )
-    config = {
-        "architectures": [ARCHITECTURES[architecture]],
-        "model_type": architecture,
+    return {
+        "architectures": [family.architecture],
+        "model_type": keys.prefix,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": keys.need("feed_forward_length"),
@@ -84,20 +111,14 @@ def hf_config_from_gguf(file: GGUFFile) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": _short(keys.need("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": keys.need("context_length"),
-        "rope_theta": _short(keys.get("rope.freq_base", 10000.0)),
+        "rope_theta": keys.get("rope.freq_base", 10000.0),
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
     }
-    if (scaling := _rope_scaling(file, keys, config)) is not None:
-        config["rope_scaling"] = scaling
-    for name in ("bos", "eos", "padding"):
-        if (token_id := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
-            config["pad_token_id" if name == "padding" else f"{name}_token_id"] = token_id
-    return config
 
 
 def generation_config_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,9 +126,11 @@ def generation_config_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     sampling defaults.
     """
     config: dict[str, Any] = {
-        theirs: _short(metadata[ours]) for ours, theirs in _SAMPLING.items() if ours in metadata
+        theirs: short(metadata[ours]) for ours, theirs in _SAMPLING.items() if ours in metadata
     }
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if ends[1] is None:  # as many converters leave it
+        ends += [i for i in map(_control_tokens(metadata).get, ENDS_OF_TURN) if i is not None]
     if ids := list(dict.fromkeys(token_id for token_id in ends if token_id is not None)):
         config["eos_token_id"] = ids
     if (bos := metadata.get("tokenizer.ggml.bos_token_id")) is not None:
@@ -115,35 +138,21 @@ def generation_config_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-class _Keys:
-    """Metadata under the architecture's prefix. A per-layer array counts as one number if all
-    layers agree.
-    """
-
-    def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
-        self._metadata = metadata
-        self.prefix = architecture
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self._metadata.get(f"{self.prefix}.{key}", default)
-        if isinstance(value, list):
-            if len(set(value)) != 1:
-                raise LoadError(f"{self.prefix}.{key} differs between layers: not supported")
-            return value[0]
-        return value
-
-    def need(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise LoadError(f"the GGUF file has no metadata key '{self.prefix}.{key}'")
-        return value
+def _control_tokens(metadata: Mapping[str, Any]) -> dict[str, int]:
+    tokens, types = (
+        metadata.get(f"tokenizer.ggml.{name}") or () for name in ("tokens", "token_type")
+    )
+    kinds = enumerate(zip(tokens, types, strict=False))
+    return {token: i for i, (token, kind) in kinds if kind == CONTROL_TOKEN}
 
 
-def _rope_scaling(file: GGUFFile, keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(file: GGUFFile, keys: Keys, config: Mapping[str, Any]) -> dict[str, Any] | None:
     if ROPE_FREQS in file.tensors:
         factors = GGUFSource(file).read(ROPE_FREQS)
         original = keys.get("rope.scaling.original_context_length", LLAMA3_ORIGINAL_CONTEXT)
         return llama3_scaling(factors, config["rope_theta"], original)
+    if LONG_FACTORS in file.tensors:  # the family reads them
+        return None
     kind = keys.get("rope.scaling.type", "none")
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0))
     if kind == "yarn":
@@ -179,7 +188,7 @@ def llama3_scaling(factors: np.ndarray, theta: float, original: int) -> dict[str
     low, high = -intercept / slope, (1 - intercept) / slope
     scaling = {
         "rope_type": "llama3",
-        "factor": _short(factor),
+        "factor": short(factor),
         "low_freq_factor": round(float(low), 3),
         "high_freq_factor": round(float(high), 3),
         "original_max_position_embeddings": original,
@@ -192,10 +201,3 @@ def llama3_scaling(factors: np.ndarray, theta: float, original: int) -> dict[str
             f"tensor {ROPE_FREQS!r} does not follow Llama 3's scaling, the only one supported"
         )
     return scaling
-
-
-def _short(value: float) -> float:
-    """The shortest decimal of a float32: 1e-05, as the config.json had it, not
-    9.999999747378752e-06.
-    """
-    return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from jengine.layers.gated import Activation
 from jengine.layers.rope import RopeTable, build_rope
@@ -14,6 +14,9 @@ class DecoderConfig:
     """What decoder families share. Fields are named as in config.json where it has them; those with
     defaults are set by some families only.
     """
+
+    # `max_position_embeddings` is the length that `rope_scaling` stretches to, not from
+    positions_are_scaled: ClassVar[bool] = False
 
     vocab_size: int
     hidden_size: int

@@ -15,6 +15,7 @@ Transform = Callable[[np.ndarray], np.ndarray]
 class TensorNames:
     """One dialect's names, without ".weight" or ".bias". `{i}` stands for the layer."""
 
+    layer: str  # what names of a layer's tensors start with
     embed: str
     norm: str
     head: str
@@ -33,6 +34,7 @@ class TensorNames:
 
 
 HF_NAMES = TensorNames(
+    layer="model.layers.{i}.",
     embed="model.embed_tokens",
     norm="model.norm",
     head="lm_head",
@@ -50,6 +52,7 @@ HF_NAMES = TensorNames(
     ignored=("*.rotary_emb.inv_freq",),
 )
 GGUF_NAMES = TensorNames(
+    layer="blk.{i}.",
     embed="token_embd",
     norm="output_norm",
     head="output",
@@ -64,7 +67,7 @@ GGUF_NAMES = TensorNames(
     gate="blk.{i}.ffn_gate",
     up="blk.{i}.ffn_up",
     down="blk.{i}.ffn_down",
-    ignored=("rope_freqs.weight",),
+    ignored=("rope_freqs.weight", "rope_factors_*.weight"),
 )
 
 

@@ -14,11 +14,12 @@ from jengine.loading.rules import WeightRule, WeightTable
 from jengine.models.config_fields import ConfigFields, periodic_layer_types
 from jengine.models.decoder_config import DecoderConfig
 from jengine.models.decoder_weights import (
-    HF_NAMES,
+    Transform,
     attention_rules,
     embedding_rules,
     ignored_tensors,
     mlp_rules,
+    names_of,
     weight_rule,
 )
 from jengine.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
@@ -34,12 +35,12 @@ DEFAULTS = {  # where config.json is silent
     "final_logit_softcapping": 30.0,
 }
 PERIOD = 2  # of full attention
-NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
+NORMS = {  # ours, named as in Hugging Face's files: GGUF's
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 class Gemma2Config(DecoderConfig):
@@ -86,19 +87,26 @@ class Gemma2ForCausalLM(LlamaForCausalLM):
 
     @staticmethod
     def weight_table(cfg: DecoderConfig, dialect: str) -> WeightTable:
-        del dialect  # Hugging Face's only
-        return WeightTable(tuple(gemma_rules(cfg)), ignored_tensors(cfg, HF_NAMES))
+        return WeightTable(
+            tuple(gemma_rules(cfg, dialect)), ignored_tensors(cfg, names_of(dialect))
+        )
 
 
-def gemma_rules(cfg: DecoderConfig) -> list[WeightRule]:
-    names = HF_NAMES
+def gemma_rules(cfg: DecoderConfig, dialect: str) -> list[WeightRule]:
+    names, scale = names_of(dialect), norm_scale(dialect)
+    sources = NORMS if dialect == "gguf" else {name: name for name in NORMS}
     return [
         *embedding_rules(cfg, names),
-        weight_rule(names.norm, "norm", cfg.hidden_size, transform=one_plus),
-        *layer_norm_rules(cfg, {name: name for name in NORMS}, one_plus),
+        weight_rule(names.norm, "norm", cfg.hidden_size, transform=scale),
+        *layer_norm_rules(cfg, names, sources, scale),
         *attention_rules(cfg, names),
         *mlp_rules(cfg, names),
     ]
+
+
+def norm_scale(dialect: str) -> Transform | None:
+    """From a stored norm to its scale. GGUF files hold the scale itself."""
+    return None if dialect == "gguf" else one_plus
 
 
 def one_plus(weight: np.ndarray) -> np.ndarray:

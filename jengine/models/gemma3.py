@@ -12,8 +12,8 @@ from jengine.layers.rope import build_rope
 from jengine.loading.rules import WeightTable
 from jengine.models.config_fields import ConfigFields, periodic_layer_types
 from jengine.models.decoder_config import DecoderConfig
-from jengine.models.decoder_weights import HF_NAMES, ignored_tensors, weight_rule
-from jengine.models.gemma2 import Gemma2ForCausalLM, gemma_rules, gemma_scales, one_plus
+from jengine.models.decoder_weights import ignored_tensors, names_of, weight_rule
+from jengine.models.gemma2 import Gemma2ForCausalLM, gemma_rules, gemma_scales, norm_scale
 from jengine.models.llama import LlamaAttention, LlamaMLP
 from jengine.models.sandwich import SandwichDecoderLayer
 
@@ -29,6 +29,8 @@ GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
 
 
 class Gemma3Config(DecoderConfig):
+    positions_are_scaled = True
+
     @classmethod
     def from_hf(
         cls, hf: Mapping[str, Any], *, dtype: str, kv_dtype: str, max_model_len: int
@@ -96,11 +98,11 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
 
     @staticmethod
     def weight_table(cfg: DecoderConfig, dialect: str) -> WeightTable:
-        del dialect  # Hugging Face's only
-        names, at, H = HF_NAMES, "layers.{i}.self_attn.", cfg.head_dim
+        names, at, H = names_of(dialect), "layers.{i}.self_attn.", cfg.head_dim
+        scale = norm_scale(dialect)
         rules = (
-            *gemma_rules(cfg),
-            weight_rule(names.q_norm, at + "q_norm", H, transform=one_plus),
-            weight_rule(names.k_norm, at + "k_norm", H, transform=one_plus),
+            *gemma_rules(cfg, dialect),
+            weight_rule(names.q_norm, at + "q_norm", H, transform=scale),
+            weight_rule(names.k_norm, at + "k_norm", H, transform=scale),
         )
         return WeightTable(rules, ignored_tensors(cfg, names))

@@ -62,8 +62,8 @@ class Glm4ForCausalLM(LlamaForCausalLM):
         rules = (
             *embedding_rules(cfg, HF_NAMES),
             weight_rule(HF_NAMES.norm, "norm", cfg.hidden_size),
-            *layer_norm_rules(cfg, NORMS),
+            *layer_norm_rules(cfg, HF_NAMES, NORMS),
             *attention_rules(cfg, HF_NAMES, rotary_pairs=True),
-            *fused_mlp_rules(cfg),
+            *fused_mlp_rules(cfg, HF_NAMES.layer + "mlp.gate_up_proj", HF_NAMES.down),
         )
         return WeightTable(rules, ignored_tensors(cfg, HF_NAMES))

@@ -41,7 +41,11 @@ def open_model(config: EngineConfig) -> ModelDefinition:
     checkpoint = open_checkpoint(config.model)
     hf = checkpoint.hf_config
     architecture, model_class = resolve_architecture(hf)
-    max_model_len = resolve_max_model_len(hf, config.model.max_model_len)
+    max_model_len = resolve_max_model_len(
+        hf,
+        config.model.max_model_len,
+        positions_are_scaled=model_class.config_class.positions_are_scaled,
+    )
     dtype = resolve_dtype(hf, config.model.dtype)
     kv_dtype = resolve_kv_dtype(dtype, config.cache.kv_cache_dtype)
     cfg = model_class.config_class.from_hf(
@@ -80,12 +84,17 @@ def load_parameters(
     return parameters
 
 
-def resolve_max_model_len(hf: dict[str, Any], asked: int | None) -> int:
-    """The model's own limit, or a smaller one that was asked for."""
+def resolve_max_model_len(
+    hf: dict[str, Any], asked: int | None, *, positions_are_scaled: bool
+) -> int:
+    """The model's own limit, or a smaller one that was asked for. `positions_are_scaled`: see
+    `DecoderConfig`.
+    """
     limit = int(hf.get("max_position_embeddings") or 2048)
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("linear", "dynamic", "yarn") and "original_max_position_embeddings" not in rope:
+    is_factor = kind in ("linear", "dynamic", "yarn") and not positions_are_scaled
+    if is_factor and "original_max_position_embeddings" not in rope:
         limit = int(limit * float(rope.get("factor", 1.0)))
     if asked is None:
         return limit

@@ -97,7 +97,7 @@ class Olmo2ForCausalLM(LlamaForCausalLM):
         rules = (
             *embedding_rules(cfg, names),
             weight_rule(names.norm, "norm", cfg.hidden_size),
-            *layer_norm_rules(cfg, {name: name for name in NORMS}),
+            *layer_norm_rules(cfg, names, {name: name for name in NORMS}),
             *attention_rules(cfg, names),
             weight_rule(names.q_norm, at + "q_norm", cfg.num_attention_heads * H),
             weight_rule(names.k_norm, at + "k_norm", cfg.num_key_value_heads * H),

@@ -8,10 +8,10 @@ from typing import Any, Self
 from jengine.loading.rules import WeightRule, WeightTable
 from jengine.models.decoder_config import DecoderConfig
 from jengine.models.decoder_weights import (
-    HF_NAMES,
     frame_rules,
     ignored_tensors,
     linear_rules,
+    names_of,
 )
 from jengine.models.llama import LlamaForCausalLM
 
@@ -53,22 +53,24 @@ class Phi3ForCausalLM(LlamaForCausalLM):
 
     @staticmethod
     def weight_table(cfg: DecoderConfig, dialect: str) -> WeightTable:
-        del dialect  # Hugging Face's only
+        names = names_of(dialect)
         N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         D, at = cfg.hidden_size, "layers.{i}.self_attn."
+        qkv = names.layer + ("attn_qkv" if dialect == "gguf" else "self_attn.qkv_proj")
+        gate_up = names.layer + ("ffn_up" if dialect == "gguf" else "mlp.gate_up_proj")
         rules = (
-            *frame_rules(cfg, HF_NAMES),
-            *linear_rules(f"model.{at}qkv_proj", at + "qkv_proj", (N + 2 * K) * H, D, bias=False),
-            *linear_rules(f"model.{at}o_proj", at + "o_proj", D, N * H, bias=False),
-            *fused_mlp_rules(cfg),
+            *frame_rules(cfg, names),
+            *linear_rules(qkv, at + "qkv_proj", (N + 2 * K) * H, D, bias=False),
+            *linear_rules(names.o, at + "o_proj", D, N * H, bias=False),
+            *fused_mlp_rules(cfg, gate_up, names.down),
         )
-        return WeightTable(rules, ignored_tensors(cfg, HF_NAMES))
+        return WeightTable(rules, ignored_tensors(cfg, names))
 
 
-def fused_mlp_rules(cfg: DecoderConfig) -> list[WeightRule]:
-    """Where the checkpoint holds gate and up as we do."""
+def fused_mlp_rules(cfg: DecoderConfig, gate_up: str, down: str) -> list[WeightRule]:
+    """Where the checkpoint holds gate and up as we do, under these names."""
     D, F, at = cfg.hidden_size, cfg.intermediate_size, "layers.{i}.mlp."
     return [
-        *linear_rules(f"model.{at}gate_up_proj", at + "gate_up_proj", 2 * F, D, bias=False),
-        *linear_rules(f"model.{at}down_proj", at + "down_proj", D, F, bias=False),
+        *linear_rules(gate_up, at + "gate_up_proj", 2 * F, D, bias=False),
+        *linear_rules(down, at + "down_proj", D, F, bias=False),
     ]

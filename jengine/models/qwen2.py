@@ -6,7 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
+from jengine.loading.rules import WeightTable
 from jengine.models.decoder_config import DecoderConfig
+from jengine.models.decoder_weights import (
+    attention_rules,
+    frame_rules,
+    ignored_tensors,
+    mlp_rules,
+    names_of,
+)
 from jengine.models.llama import LlamaForCausalLM
 
 DEFAULTS = {  # where Qwen2's config.json may be silent and means something else than Llama's
@@ -34,3 +42,13 @@ class Qwen2Config(DecoderConfig):
 
 class Qwen2ForCausalLM(LlamaForCausalLM):
     config_class = Qwen2Config
+
+    @staticmethod
+    def weight_table(cfg: DecoderConfig, dialect: str) -> WeightTable:
+        names = names_of(dialect)
+        rules = (
+            *frame_rules(cfg, names),
+            *attention_rules(cfg, names),
+            *mlp_rules(cfg, names),
+        )
+        return WeightTable(rules, ignored_tensors(cfg, names))

@@ -23,6 +23,8 @@ ARCHITECTURES: dict[str, str] = {
     "Qwen3MoeForCausalLM": "jengine.models.qwen3_moe:Qwen3MoeForCausalLM",
     "DeepseekV2ForCausalLM": "jengine.models.deepseek_v2:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": "jengine.models.deepseek_v3:DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM": "jengine.models.deepseek_v32:DeepseekV32ForCausalLM",
+    "GlmMoeDsaForCausalLM": "jengine.models.deepseek_v32:GlmMoeDsaForCausalLM",
     "KimiK2ForCausalLM": "jengine.models.deepseek_v3:DeepseekV3ForCausalLM",
     "Gemma2ForCausalLM": "jengine.models.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": "jengine.models.gemma3:Gemma3ForCausalLM",

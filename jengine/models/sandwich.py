@@ -11,7 +11,7 @@ from jengine.layers.attention import AttentionMetadata
 from jengine.layers.norm import RMSNorm
 from jengine.loading.rules import WeightRule
 from jengine.models.decoder_config import DecoderConfig
-from jengine.models.decoder_weights import Transform, weight_rule
+from jengine.models.decoder_weights import TensorNames, Transform, weight_rule
 
 
 class SandwichDecoderLayer(nnx.Module):
@@ -47,12 +47,17 @@ class SandwichDecoderLayer(nnx.Module):
 
 
 def layer_norm_rules(
-    cfg: DecoderConfig, sources: Mapping[str, str], transform: Transform | None = None
+    cfg: DecoderConfig,
+    names: TensorNames,
+    sources: Mapping[str, str],
+    transform: Transform | None = None,
 ) -> list[WeightRule]:
-    """Rules of a layer's norms. `sources`: the checkpoint's name of each of ours."""
+    """Rules of a layer's norms. `sources`: the checkpoint's name, within the layer, of each of
+    ours.
+    """
     return [
         weight_rule(
-            f"model.layers.{{i}}.{source}",
+            names.layer + source,
             f"layers.{{i}}.{target}",
             cfg.hidden_size,
             transform=transform,

@@ -5,7 +5,7 @@ and "llama" (SentencePiece BPE with scores and byte fallback). Token types follo
 llama_token_type.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -51,6 +51,10 @@ _NFC_NAMES = (
     "deepseek-r1-qwen",
 )  # their own tokenizers compose characters; llama.cpp leaves this out
 
+# The other control tokens of Phi-3 swallow the white space after them: its chat template sets line
+# feeds there. The file does not say; llama.cpp knows it by name, too.
+_PHI3_KEEP_SPACE = ("<unk>", "<s>", "<|endoftext|>")
+
 _SPECIAL_KEYS = {
     "bos_token": "bos",
     "eos_token": "eos",
@@ -80,7 +84,10 @@ def build_from_gguf(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, 
             specials[name] = tokens[token_id]
     build = _build_byte_level if kind == "gpt2" else _build_sentencepiece
     backend = build(metadata, vocab, specials)
-    _add_tokens(backend, tokens, metadata.get("tokenizer.ggml.token_type") or ())
+    types = metadata.get("tokenizer.ggml.token_type") or ()
+    is_phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
+    strips = {token for token in tokens if is_phi3 and token not in _PHI3_KEEP_SPACE}
+    _add_tokens(backend, tokens, types, strips)
     _add_bos_eos(backend, metadata, specials)
     return backend, specials
 
@@ -152,14 +159,20 @@ def _merges_of(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[
     return [(left, right) for *_, left, right in found]
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Control tokens are special; user-defined ones are matched whole in the text, but are text
-    themselves.
+def _add_tokens(
+    backend: tokenizers.Tokenizer,
+    tokens: Sequence[str],
+    types: Sequence[int],
+    strips: Container[str],
+) -> None:
+    """Control tokens are special, and those in `strips` take the white space after them along;
+    user-defined ones are matched whole in the text, but are text themselves.
     """
     special, plain = [], []
     for token, kind in zip(tokens, types, strict=False):
         if kind in (CONTROL, UNKNOWN):
-            special.append(AddedToken(token, normalized=False, special=True))
+            rstrip = token in strips
+            special.append(AddedToken(token, normalized=False, special=True, rstrip=rstrip))
         elif kind == USER_DEFINED:
             plain.append(AddedToken(token, normalized=False, special=False))
     backend.add_special_tokens(special)

@@ -1,4 +1,6 @@
-"""What the steps of Llama-3.1-8B and Qwen3-0.6B become on an H100, seen without one."""
+"""What the steps of Llama-3.1-8B, Qwen3-0.6B and a layer of DeepSeek-V3.2 become on an H100, seen
+without one.
+"""
 
 import dataclasses
 import re
@@ -12,6 +14,11 @@ from tests.oracles.h100 import LLAMA_8B, QWEN3_600M, Program, compile_step
 
 pytestmark = h100.needs_compiler
 
+SPARSE = {  # a layer of DeepSeek-V3.2, but for few experts and a small vocabulary
+    "architectures": ["DeepseekV32ForCausalLM"], "hidden_size": 2048, "intermediate_size": 2048,
+    "vocab_size": 8192, "num_attention_heads": 128, "n_routed_experts": 16, "n_group": 1,
+    "topk_group": 1, "moe_intermediate_size": 256, "first_k_dense_replace": 0,
+}  # fmt: skip
 FAMILIES = {"llama": LLAMA_8B, "qwen3": QWEN3_600M}
 SEQS = 64
 STEPS = 8
@@ -45,7 +52,8 @@ class Step:
 def compiled(
     folder: Path, family: str, layers: int, tokens: int, seqs: int, max_steps: int = 1, **options
 ) -> Step:
-    config = {**FAMILIES[family], "num_hidden_layers": layers}
+    base = SPARSE if family == "sparse" else FAMILIES[family]
+    config = {**base, "num_hidden_layers": layers}
     return Step(config, seqs, compile_step(config, tokens, seqs, folder, max_steps, **options))
 
 
@@ -155,6 +163,14 @@ def test_kernels_of_a_layer(family: str, seqs: int, tmp_path: Path) -> None:
         for layers in (2, 4)
     )
     assert (len(four) - len(two)) / 2 <= KERNELS_OF_A_LAYER[seqs], "\n".join(four)
+
+
+def test_tokens_are_selected_without_a_sort(tmp_path: Path) -> None:
+    """Loops whose length is data, still in one graph."""
+    step = compiled(tmp_path, "sparse", 1, SEQS, SEQS)
+    check_is_one_graph(step)
+    check_updates_in_place(step)
+    check_sorts_nothing(step)
 
 
 @pytest.mark.slow

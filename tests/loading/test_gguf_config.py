@@ -128,6 +128,17 @@ def test_generation_config() -> None:
     }
 
 
+def test_an_end_of_turn_that_no_key_names_is_found() -> None:
+    metadata = {
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.tokens": ["<pad>", "<eos>", "<|im_end|>", "a", "<end_of_turn>"],
+        "tokenizer.ggml.token_type": [3, 3, 1, 1, 3],  # <|im_end|> is text here
+    }
+    assert generation_config_from_gguf(metadata) == {"eos_token_id": [1, 4]}
+    named = {**metadata, "tokenizer.ggml.eot_token_id": 3}
+    assert generation_config_from_gguf(named) == {"eos_token_id": [1, 3]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -15,10 +15,15 @@ from transformers import PreTrainedModel
 from tests.oracles.tiny_llama import BOS, CHAT_TEMPLATE, EOS, PAD, train_tiny_tokenizer
 
 QuantType = gguf.GGMLQuantizationType
-NAMES = {
-    "llama": gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 100),
-    "qwen3": gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 100),
+ARCHITECTURES = {  # transformers' model_type -> llama.cpp's architecture
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
 }
+NAMES = {kind: gguf.get_tensor_name_map(arch, 100) for kind, arch in ARCHITECTURES.items()}
 NORMAL_TOKEN, CONTROL_TOKEN = 1, 3
 
 
@@ -58,7 +63,7 @@ def random_blocks(
 def write_llama_gguf(
     path: Path, model: PreTrainedModel, kind: gguf.GGMLQuantizationType = QuantType.F32
 ) -> dict[str, np.ndarray]:
-    """Convert a transformers Llama or Qwen3 as llama.cpp's converter does, with the tiny tokenizer.
+    """Convert a transformers model as llama.cpp's converter does, with the tiny tokenizer.
 
     Returns what each tensor holds in Hugging Face's naming and order of rows, after quantisation.
     """
@@ -71,6 +76,8 @@ def write_llama_gguf(
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = value.float().numpy()
+        if "gemma" in config.model_type and name.endswith("norm.weight"):
+            array = array + 1
         stored_as = QuantType.F32 if array.ndim == 1 else kind
         num_heads = permuted.get(name.split(".")[-2])
         stored = array if num_heads is None else permute(array, num_heads)
@@ -79,38 +86,64 @@ def write_llama_gguf(
         values = dequantize(data, stored_as)
         expected[name] = values if num_heads is None else undo_permute(values, num_heads)
     metadata = llama_metadata(config)
-    rope = config.rope_parameters
+    rope = full_rope(config)
     if rope["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = (llama3_divisors(config), QuantType.F32)
-    write_gguf(path, {**metadata, **tokenizer_metadata()}, tensors, config.model_type)
+    if rope["rope_type"] == "longrope":
+        for length in ("long", "short"):
+            factors = np.array(rope[f"{length}_factor"], np.float32)
+            tensors[f"rope_factors_{length}.weight"] = (factors, QuantType.F32)
+    architecture = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]]
+    write_gguf(path, {**metadata, **tokenizer_metadata()}, tensors, architecture)
     return expected
 
 
 def llama_metadata(config: Any) -> dict[str, Any]:
-    """The keys of a Llama; a Qwen3 has the same ones under its own prefix."""
-    rope = config.rope_parameters
-    head_dim = config.head_dim
+    """The keys of a Llama; the others have the same ones and more under their own prefixes."""
+    rope = full_rope(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     metadata = {
-        "llama.block_count": config.num_hidden_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.key_length": head_dim,
-        "llama.attention.value_length": head_dim,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "llama.rope.freq_base": rope["rope_theta"],
-        "llama.rope.dimension_count": head_dim,
-        "llama.vocab_size": config.vocab_size,
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": rope["rope_theta"],
+        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
+        "vocab_size": config.vocab_size,
     }
+    if config.model_type != "phi3":
+        metadata |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if config.model_type == "gemma3_text":  # rotates whole heads, and its converter says no more
+        del metadata["rope.dimension_count"]
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        metadata["attention.sliding_window"] = window
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if (cap := getattr(config, name, None)) is not None:
+            metadata[name] = cap
     if rope["rope_type"] in ("linear", "yarn"):
-        metadata["llama.rope.scaling.type"] = rope["rope_type"]
-        metadata["llama.rope.scaling.factor"] = rope["factor"]
+        metadata["rope.scaling.type"] = rope["rope_type"]
+        metadata["rope.scaling.factor"] = rope["factor"]
     if rope["rope_type"] == "yarn":
         original = rope["original_max_position_embeddings"]
-        metadata["llama.rope.scaling.original_context_length"] = original
-    return {key.replace("llama", config.model_type, 1): v for key, v in metadata.items()}
+        metadata["rope.scaling.original_context_length"] = original
+    if config.model_type == "phi3":
+        original = config.original_max_position_embeddings
+        metadata["rope.scaling.original_context_length"] = original
+        stretch = config.max_position_embeddings / original
+        if stretch > 1:
+            metadata["rope.scaling.attn_factor"] = math.sqrt(
+                1 + math.log(stretch) / math.log(original)
+            )
+    architecture = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]]
+    return {f"{architecture}.{key}": value for key, value in metadata.items()}
+
+
+def full_rope(config: Any) -> dict[str, Any]:
+    """The rotation of layers without a window, where the two kinds have their own."""
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
 
 
 def tokenizer_metadata() -> dict[str, Any]:

@@ -117,7 +117,7 @@ def compile_step(
 ) -> Program:
     """The step of one bucket as the engine builds and compiles it, over abstract parameters in
     bfloat16. `options` are the compiler's, beside the engine's own."""
-    model_class, cfg = _model(config)
+    model_class, cfg = read_config(config)
     module = model_class(cfg)
     graphdef, state = nnx.split(module)
     groups = build_groups(model_class.kv_specs(cfg), PAGE_SIZE)
@@ -138,19 +138,20 @@ def compile_step(
     return compile_for_h100(build_step(spec, layout), arguments, ("kv", "rows"), folder, **options)
 
 
-def kv_arrays(config: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    model_class, cfg = _model(config)
-    specs = model_class.kv_specs(cfg)
-    return tuple(_array((NUM_PAGES, PAGE_SIZE, *s.entry_shape), s.dtype) for s in specs)
-
-
-def _model(config: dict[str, Any]) -> tuple[Any, Any]:
-    """(class, its config)"""
+def read_config(config: dict[str, Any]) -> tuple[Any, Any]:
+    """(class, config) of the model."""
     _, model_class = resolve_architecture(config)
-    cfg = model_class.config_class.from_hf(
+    return model_class, model_class.config_class.from_hf(
         config, dtype="bfloat16", kv_dtype="bfloat16", max_model_len=MAX_MODEL_LEN
     )
-    return model_class, cfg
+
+
+def kv_arrays(config: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    model_class, cfg = read_config(config)
+    return tuple(
+        _array((NUM_PAGES, PAGE_SIZE, *spec.entry_shape), spec.dtype)
+        for spec in model_class.kv_specs(cfg)
+    )
 
 
 def row_state(config: dict[str, Any]) -> RowState:
