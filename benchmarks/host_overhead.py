@@ -169,7 +169,7 @@ class _NoPrograms:
         self._output = argparse.Namespace(sampled=sampled)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        return lambda params, kv, rows, packed: (kv, rows, self._output)
+        return lambda params, kv, rows, packed, masks: (kv, rows, self._output)
 
 
 class _Sampled:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jengine.model_info import ModelInfo
     from jengine.outputs import CompletionOutput, Logprob, RequestOutput
     from jengine.request import RequestOutputKind, SamplingParams
+    from jengine.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "UnsupportedError",
@@ -67,6 +69,7 @@ _MODULES = {
     "RequestOutput": "jengine.outputs",
     "RequestOutputKind": "jengine.request",
     "SamplingParams": "jengine.request",
+    "StructuredOutputsParams": "jengine.structured_outputs",
     "TextPrompt": "jengine.input_processor",
     "TokensPrompt": "jengine.input_processor",
 }

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 NUM_TEXT_THREADS = 2
+NUM_GRAMMAR_THREADS = 2  # grammars are checked one at a time, and what is waited for is a process
 INLINE_CHARS = 2048  # tokenising less than this takes under 0.5 ms: not worth a change of threads
 
 
@@ -70,9 +71,12 @@ class AsyncEngine:
         self._dead_error: str | None = None
         self._is_draining = False
         self._is_closed = False
+        self._close_inputs: Callable[[], None] = lambda: None  # until there are any
         self._idle = asyncio.Event()
         self._idle.set()
         self._text_pool = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="text")
+        # Of its own: a grammar that takes its seconds must not hold up somebody's long prompt.
+        self._grammar_pool = ThreadPoolExecutor(NUM_GRAMMAR_THREADS, thread_name_prefix="grammars")
         client.attach(self._loop, self._on_messages)
 
     @classmethod
@@ -101,6 +105,7 @@ class AsyncEngine:
             engine.model_info = info = build_model_info(config, checkpoint, tokenizer, ready)
             draw_seed = functools.partial(secrets.randbits, SEED_BITS)
             engine._inputs = InputProcessor(config, info, tokenizer, draw_seed)
+            engine._close_inputs = engine._inputs.close
             engine._outputs = OutputProcessor(tokenizer)
         except BaseException:
             await engine.shutdown()
@@ -142,8 +147,12 @@ class AsyncEngine:
             priority=priority,
             cache_salt=cache_salt,
         )
-        is_short = _is_short(prompt)
-        prepared = prepare() if is_short else await self._prepare_in_pool(request_id, prepare)
+        is_constrained = _is_constrained(sampling_params)
+        if not is_constrained and _is_short(prompt):
+            prepared = prepare()
+        else:
+            pool = self._grammar_pool if is_constrained else self._text_pool
+            prepared = await self._prepare_in_pool(pool, request_id, prepare)
         stream = self._start(prepared, deadline)
         try:
             while True:
@@ -159,11 +168,11 @@ class AsyncEngine:
         self._finish(request_id, FinishReason.ABORT)
 
     async def _prepare_in_pool(
-        self, request_id: str, prepare: Callable[[], PreparedRequest]
+        self, pool: ThreadPoolExecutor, request_id: str, prepare: Callable[[], PreparedRequest]
     ) -> PreparedRequest:
         self._starting.add(request_id)
         try:
-            prepared = await self._in_text_pool(prepare)
+            prepared = await self._loop.run_in_executor(pool, prepare)
         finally:
             self._starting.discard(request_id)
         self._check_accepts()  # much may have happened meanwhile
@@ -313,7 +322,9 @@ class AsyncEngine:
         self._client.stop()
         self._die("the engine was shut down")
         await self._loop.run_in_executor(None, self._client.join)
+        await self._loop.run_in_executor(None, self._close_inputs)
         self._text_pool.shutdown(wait=False)
+        self._grammar_pool.shutdown(wait=False)
 
     def _check_alive(self) -> None:
         if self._dead_error is not None:
@@ -377,3 +388,8 @@ def _is_short(prompt: Any) -> bool:
     """Whether `prompt` may be prepared on the loop. Wrong types may: they are refused at once."""
     text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
     return not isinstance(text, str) or len(text) <= INLINE_CHARS
+
+
+def _is_constrained(params: Any) -> bool:
+    """Wrong types are not: they are refused at once."""
+    return isinstance(params, SamplingParams) and params.structured_outputs is not None

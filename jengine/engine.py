@@ -3,24 +3,26 @@ scheduler and runner.
 """
 
 import collections
-import contextlib
 import dataclasses
 import logging
 import queue
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import jax
 import msgspec
 
 from jengine.config import EngineConfig
+from jengine.core.held import CompilingRequests
 from jengine.core.kv_manager import KVManager
 from jengine.core.plan import RequestUpdate, TokenLogprobs
 from jengine.core.scheduler import Scheduler
-from jengine.errors import InvalidRequestError, JengineError, QueueFullError
-from jengine.models.loader import load_parameters, open_model
+from jengine.errors import InvalidRequestError, JengineError, QueueFullError, UnsupportedError
+from jengine.grammar.matcher import MatcherPool
+from jengine.models.loader import ModelDefinition, load_parameters, open_model
 from jengine.protocol import (
     PROTOCOL_VERSION,
     AbortRequests,
@@ -48,9 +50,17 @@ from jengine.runtime.blueprint import (
     open_artifacts,
 )
 from jengine.runtime.memory import open_device
+from jengine.runtime.phases import Phases
 from jengine.runtime.runner import ModelRunner, StepHandle
 
+if TYPE_CHECKING:
+    from jengine.grammar.vocabulary import Vocabulary
+
 log = logging.getLogger(__name__)
+
+
+class Wake:
+    """A message of our own: a constraint has become ready."""
 
 
 class EngineCore:
@@ -63,12 +73,16 @@ class EngineCore:
     def __init__(self, config: EngineConfig, emit: Callable[[FromCore], None]) -> None:
         self._config = config
         self._emit = emit
-        self._inbox: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToCore | Wake] = queue.SimpleQueue()
         self._in_flight: collections.deque[StepHandle] = collections.deque()
         self._depth = 2 if config.scheduler.async_scheduling else 1
         self._stop_at: float | None = None  # deadline of a drain; 0 = now
         self._padded_tokens = 0  # of the last step's bucket
         self._close: Callable[[], None] = lambda: None  # of what there is so far
+        self._model: ModelDefinition | None = None  # for its tokenizer
+        self._matchers = MatcherPool(self._load_vocabulary, lambda: self._inbox.put(Wake()))
+        self._compiling = CompilingRequests()
+        self._is_stalled = False  # nothing can be done before a message comes
         self.runner: ModelRunner
         self.scheduler: Scheduler
 
@@ -89,19 +103,30 @@ class EngineCore:
             known = isinstance(error, (JengineError, ValueError, OSError))
             self._emit(CoreDead(str(error) if known else f"{type(error).__name__}: {error}"))
         finally:
+            self._matchers.close()
             self._close()
 
     @property
     def has_work(self) -> bool:
         """Whether a turn has something to do: a message, a request or a step in flight."""
-        return bool(self._in_flight or self.scheduler.has_unfinished or not self._inbox.empty())
+        return bool(
+            self._in_flight
+            or self._compiling
+            or self.scheduler.has_unfinished
+            or not self._inbox.empty()
+        )
 
     def stats(self) -> EngineStats:
+        stats = msgspec.structs.asdict(self.scheduler.stats())
+        stats["num_waiting"] += len(self._compiling)
         return EngineStats(
-            **msgspec.structs.asdict(self.scheduler.stats()),
+            **stats,
             num_compilations=self.runner.programs.num_late,
             padded_tokens=self._padded_tokens,
             num_compiling=self.runner.programs.num_pending,
+            num_grammars=self._matchers.num_compiled,
+            num_masks=self._matchers.num_masks,
+            mask_seconds=self._matchers.mask_seconds,
         )
 
     def start(self) -> None:
@@ -110,11 +135,11 @@ class EngineCore:
         Parameters arrive while executables are made ready; the KV cache comes last, since tuning
         needs memory.
         """
-        config, phases = self._config, _Phases()
+        config, phases = self._config, Phases()
         with phases.measure("device"):
             device, device_memory = open_device(config.cache)
         with phases.measure("model"):
-            model = open_model(config)
+            self._model = model = open_model(config)
             artifacts = open_artifacts(config, device)
             keep_jax_cache(artifacts)
         draws, placement = dummy_compiler(artifacts), device_placement(device)
@@ -188,18 +213,24 @@ class EngineCore:
         it is its time.
         """
         self._read_inbox()
+        if self._matchers.is_busy:
+            self._matchers.wait_a_little()
+        if self._compiling:
+            self._admit_compiled()
+        self._report(self.scheduler.settle())
         plan = self.scheduler.schedule() if len(self._in_flight) < self._depth else None
         if plan is not None:
             handle = self.runner.dispatch(plan)
             self._in_flight.append(handle)
             self._padded_tokens = handle.bucket.num_tokens
+        self._is_stalled = plan is None and not self._in_flight
         if self._in_flight and (plan is None or len(self._in_flight) == self._depth):
             handle = self._in_flight.popleft()
             self._report(self.scheduler.update(handle.plan, self.runner.collect(handle)))
 
     def _read_inbox(self) -> None:
-        idle = not self._in_flight and not self.scheduler.has_unfinished
-        if idle and self._inbox.empty():
+        idle = self._is_stalled or not self.has_work
+        if not self.has_work:
             self.scheduler.check_integrity()
         while True:
             try:
@@ -207,7 +238,8 @@ class EngineCore:
             except queue.Empty:
                 return
             idle = False
-            self._handle(message)
+            if not isinstance(message, Wake):
+                self._handle(message)
 
     def _wait_seconds(self) -> float | None:
         return None if self._stop_at is None else 0.0
@@ -221,6 +253,7 @@ class EngineCore:
                     self._add(request)
             case AbortRequests(request_ids, reason):
                 aborted = self.scheduler.abort(request_ids, reason)
+                aborted += self._compiling.abort(request_ids, reason)
                 self._report(
                     [RequestUpdate(r, [] if r.is_streamed else r.output_token_ids) for r in aborted]
                 )
@@ -247,13 +280,44 @@ class EngineCore:
             or sampling.logprobs is not None
             or sampling.prompt_logprobs is not None,
         )
+        if not message.grammar:
+            self._admit(request)
+        elif len(self._compiling) >= self._config.scheduler.max_num_waiting:
+            self._refuse(request, "too many requests are waiting", Refusal.QUEUE_FULL)
+        else:
+            request.constrain(self._matchers.open(request, message.grammar))
+            self._compiling.add(request)
+
+    def _admit_compiled(self) -> None:
+        for request in self._compiling.take_ready():
+            constraint = request.constraint
+            if constraint is not None and constraint.finish_reason is not None:
+                error = constraint.error or "structured_outputs: allows no token at all"
+                self._refuse(request, error, Refusal.INVALID)
+            else:
+                self._admit(request)
+
+    def _admit(self, request: Request) -> None:
         try:
             self.scheduler.add(request)
-        except (QueueFullError, InvalidRequestError) as error:
-            refusal = Refusal.QUEUE_FULL if isinstance(error, QueueFullError) else Refusal.INVALID
-            output = CoreOutput(request.request_id, [], FinishReason.ERROR)
-            output.error, output.refusal = str(error), refusal
-            self._tell([output])
+        except QueueFullError as error:
+            self._refuse(request, str(error), Refusal.QUEUE_FULL)
+        except InvalidRequestError as error:
+            self._refuse(request, str(error), Refusal.INVALID)
+
+    def _refuse(self, request: Request, error: str, refusal: Refusal) -> None:
+        output = CoreOutput(request.request_id, [], FinishReason.ERROR)
+        output.error, output.refusal = error, refusal
+        self._tell([output])
+
+    def _load_vocabulary(self, eos_ids: Iterable[int]) -> "Vocabulary":
+        """Runs in a thread of the pool."""
+        from jengine.grammar.vocabulary import Vocabulary
+
+        if self._model is None:
+            raise UnsupportedError("this engine has no tokenizer")
+        tokenizer = self._model.checkpoint.load_tokenizer(self._config.model.tokenizer)
+        return Vocabulary.of(tokenizer, eos_ids, self.runner.vocab_size)
 
     def _call(self, call_id: int, method: str, args: list[msgspec.Raw]) -> None:
         utilities: dict[str, Callable[[], object]] = {
@@ -307,7 +371,7 @@ class EngineCore:
             num_preemptions=request.num_preemptions,
             scheduled_time=request.scheduled_time,
             first_token_time=request.first_token_time,
-            error="the model's logits are not finite"
+            error=request.error or "the model's logits are not finite"
             if request.finish_reason is FinishReason.ERROR
             else None,
         )
@@ -315,7 +379,7 @@ class EngineCore:
     def _is_over(self) -> bool:
         if self._stop_at is None:
             return False
-        drained = not self._in_flight and not self.scheduler.has_unfinished
+        drained = not self._in_flight and not self._compiling and not self.scheduler.has_unfinished
         return drained or time.monotonic() >= self._stop_at
 
 
@@ -323,21 +387,3 @@ def _wire(entries: list[TokenLogprobs] | None) -> list[LogprobsData] | None:
     if entries is None:
         return None
     return [LogprobsData(e.token_ids, e.logprobs, e.rank) for e in entries]
-
-
-class _Phases:
-    """Seconds of each part of a start."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = time.perf_counter()
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self._started
-
-    @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

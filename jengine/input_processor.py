@@ -1,7 +1,7 @@
 """From what a user passed to `CoreRequest`s: tokenising, filling defaults, and every check at the
 door.
 
-Shared by `AsyncEngine` and `LLM`. `prepare` holds no state and may run in any thread. A request
+Shared by `AsyncEngine` and `LLM`. `prepare` may run in any thread. A request
 that passes here cannot fail in the engine core, so the core has no validation of its own.
 """
 
@@ -17,9 +17,11 @@ import msgspec
 from jengine.config import EngineConfig
 from jengine.errors import InvalidRequestError, UnsupportedError
 from jengine.front_end import read_chat_template
+from jengine.grammar.checker import Checker, VocabularyFacts
 from jengine.model_info import ModelInfo
 from jengine.protocol import CoreRequest
 from jengine.request import MAX_BANNED_IDS, SamplingParams
+from jengine.structured_outputs import FIELD
 from jengine.text.tokenizer import Tokenizer
 
 SEED_BITS = 63  # what a drawn seed holds: fits a signed 64-bit integer, as a user's seed does
@@ -79,6 +81,11 @@ class InputProcessor:
         self._draw_seed = draw_seed
         self._serial = itertools.count()
         self._chat_template = read_chat_template(config.model.chat_template)
+        self._checker = Checker(self._vocabulary_facts)
+
+    def close(self) -> None:
+        """End the process that checks grammars, if there is one."""
+        self._checker.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -99,13 +106,17 @@ class InputProcessor:
         cache_salt: str = "",
         add_special_tokens: bool = True,
     ) -> PreparedRequest:
-        """Tokenise and validate. `InvalidRequestError` names the field and its limit."""
+        """Tokenise and validate. `InvalidRequestError` names the field and its limit.
+
+        With `structured_outputs` it blocks while the grammar is checked: see `Checker.check`.
+        """
         arrival_time = time.time()
         self._check_envelope(request_id, priority, cache_salt)
         sampling = checked_copy(sampling_params)
         text, token_ids, cache_salt = self._read_prompt(prompt, cache_salt, add_special_tokens)
         token_ids = self._fit_prompt(token_ids, sampling)
         sampling = self._fill_sampling(sampling, len(token_ids))
+        grammar = self._check_grammar(sampling)
         seed = self._draw_seed() if sampling.seed is None else sampling.seed
         serial = next(self._serial)
         children = tuple(
@@ -114,13 +125,16 @@ class InputProcessor:
                 prompt_token_ids=token_ids,
                 # One child computes the prompt's logprobs: its siblings have the same ones.
                 sampling=sampling.clone(
-                    n=1, prompt_logprobs=sampling.prompt_logprobs if index == 0 else None
+                    n=1,
+                    prompt_logprobs=sampling.prompt_logprobs if index == 0 else None,
+                    structured_outputs=None,
                 ),
                 eos_token_ids=list(self._info.eos_token_ids),
                 seed=(seed + index) & _SEED_MASK,
                 priority=priority,
                 cache_salt=cache_salt,
                 arrival_time=arrival_time,
+                grammar=grammar,
             )
             for index in range(sampling.n)
         )
@@ -236,6 +250,25 @@ class InputProcessor:
         self._check_banned(sampling)
         return sampling
 
+    def _check_grammar(self, sampling: SamplingParams) -> str:
+        """The text for the engine of what the request asks for; empty without."""
+        if sampling.structured_outputs is None:
+            return ""
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                FIELD, "needs a tokenizer: the engine was started with skip_tokenizer_init"
+            )
+        return self._checker.check(sampling.structured_outputs)
+
+    def _vocabulary_facts(self) -> VocabularyFacts:
+        tokenizer, info = self.tokenizer, self._info
+        return VocabularyFacts(
+            tokenizer.pieces.table,
+            tokenizer.all_special_ids,
+            list(info.eos_token_ids),
+            info.vocab_size,
+        )
+
     def _check_logprobs(self, name: str, value: int | None) -> None:
         limit = self._config.max_logprobs
         if value is None:
@@ -314,7 +347,7 @@ def checked_copy(params: SamplingParams) -> SamplingParams:
             raise error.__cause__ from None
         message, _, path = str(error).partition(" - at `$.")
         raise InvalidRequestError(path.rstrip("`") or "sampling_params", message) from None
-    except (TypeError, OverflowError) as error:  # a value that has no msgpack form
+    except (TypeError, OverflowError, RecursionError) as error:  # it has no msgpack form
         raise InvalidRequestError("sampling_params", str(error)) from None
 
 

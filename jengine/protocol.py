@@ -10,7 +10,7 @@ import msgspec
 
 from jengine.request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 NIL = msgspec.Raw(b"\xc0")  # msgpack's None
 
 
@@ -26,6 +26,7 @@ class CoreRequest(msgspec.Struct, tag="add", array_like=True):
     cache_salt: str
     arrival_time: float
     is_streamed: bool = True  # False: its tokens are wanted at its end, all in one `CoreOutput`
+    grammar: str = ""  # of structured outputs, as llguidance reads it; it has been tried out
 
 
 class CoreRequests(msgspec.Struct, tag="add_all", array_like=True):
@@ -115,6 +116,9 @@ class EngineStats(msgspec.Struct, array_like=True):
     scheduled_tokens: int = 0  # tokens of the last step
     padded_tokens: int = 0  # its bucket
     num_compiling: int = 0  # executables that are not ready yet, while larger ones serve
+    num_grammars: int = 0  # compiled for structured outputs
+    num_masks: int = 0  # computed, one for each token of a constrained request
+    mask_seconds: float = 0.0  # spent on them, in threads of their own
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):

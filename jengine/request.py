@@ -1,14 +1,18 @@
 """What a client asks for, and a request through its life on the host."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from jengine.errors import InvalidRequestError
+from jengine.structured_outputs import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_N = 128
 MAX_BANNED_IDS = 128  # stop ids held back by min_tokens plus last tokens of bad words, per request
@@ -58,6 +62,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     allowed_token_ids: list[int] | None = None
     truncate_prompt_tokens: int | None = None
     skip_reading_prefix_cache: bool | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     bad_word_ids: list[list[int]] | None = None  # filled by the front end from `bad_words`
 
     def __post_init__(self) -> None:
@@ -191,6 +196,23 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         return msgspec.structs.replace(self, **changes)
 
 
+class TokenConstraint(Protocol):
+    """Which tokens may come next in one request (`jengine.grammar.matcher.Constraint`).
+
+    While it `is_ready`, either `mask` says it, or `finish_reason` that none may.
+    """
+
+    is_ready: bool
+    mask: "np.ndarray | None"  # i32[ceil(V / 32)]: bit i is set for an allowed token
+    finish_reason: "FinishReason | None"
+    error: str | None
+
+    def advance(self, token_id: int, banned: Iterable[int]) -> None:
+        """Take in the newest token; ready again some time later. `banned`: what may not come next
+        for other reasons."""
+        ...
+
+
 class RequestStatus(StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -234,6 +256,9 @@ class Request:
     row: int = -1  # row of the device's per-request state while RUNNING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None  # with `FinishReason.ERROR`
+    constraint: TokenConstraint | None = None
+    is_held: bool = False  # until it is known what it may sample
     scheduled_time: float | None = None  # first admission
     first_token_time: float | None = None
     finish_time: float | None = None
@@ -262,6 +287,27 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_token_ids)
+
+    def constrain(self, constraint: TokenConstraint) -> None:
+        self.constraint = constraint
+        self.needs_host_tokens = True
+
+    def banned_ids(self, num_outputs: int) -> list[int]:
+        """Tokens that must not be sampled after so many output tokens: stops before `min_tokens`,
+        and ends of bad words."""
+        p = self.sampling
+        banned: list[int] = []
+        if num_outputs < p.min_tokens:
+            banned += self.eos_token_ids
+            banned += p.stop_token_ids or ()
+        # A request with bad words is never planned ahead (`needs_host_tokens`), so all its tokens
+        # are known here.
+        for word in p.bad_word_ids or ():
+            prefix = word[:-1]
+            outputs = self.token_ids[self.num_prompt_tokens :]
+            if len(outputs) >= len(prefix) and (not prefix or outputs[-len(prefix) :] == prefix):
+                banned.append(word[-1])
+        return banned
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -61,6 +61,7 @@ class SyncEngine:
         self._max_in_core = config.scheduler.max_num_waiting
         self._finished: dict[str, RequestOutput | JengineError] = {}
         self._outputs = OutputProcessor(tokenizer)
+        self._close_inputs: Callable[[], None] = lambda: None  # until there are any
         self._client = ThreadCoreClient(config, core_factory)
         # A program that forgets `close` must end cleanly all the same. Registered once the core has
         # imported jax, so that it runs before jax takes its back ends down; `finalize`'s own exit
@@ -81,6 +82,7 @@ class SyncEngine:
         self.inputs = InputProcessor(
             config, self.model_info, tokenizer, lambda: draw_seed(SEED_BITS)
         )
+        self._close_inputs = self.inputs.close
 
     @property
     def core(self) -> Core:
@@ -139,6 +141,7 @@ class SyncEngine:
         ends.
         """
         self._dead_error = self._dead_error or "the engine was closed"
+        self._close_inputs()
         self._stop()
         atexit.unregister(self._stop)
 

@@ -1,8 +1,8 @@
 """Choosing tokens inside the step: no sort, and no random state.
 
 Every draw is keyed by (request seed, position), so that the same request gives the same token in
-any batch. The order of operations is vLLM's: banned and biased logits, penalties, temperature,
-min_p, top_k, top_p, draw.
+any batch. The order of operations is vLLM's: masked, banned and biased logits, penalties,
+temperature, min_p, top_k, top_p, draw.
 """
 
 import dataclasses
@@ -49,8 +49,10 @@ class SamplingInputs:
     seeds: jax.Array  # u32[S, 2]
     positions: jax.Array  # i32[S]; index of the token being chosen
     banned: jax.Array  # i32[S, MAX_BANNED_IDS]; V = no entry
+    masked: jax.Array  # bool[S]; only the tokens of its mask may be drawn
+    masks: jax.Array  # i32[S, ceil(V / 32)]; bit v % 32 of word v // 32: token v is allowed
     any_special: jax.Array  # bool[]; some row is not plain greedy
-    any_adjusted: jax.Array  # bool[]
+    any_adjusted: jax.Array  # bool[]; some row has penalties, bias, banned tokens or a mask
     any_truncated: jax.Array  # bool[]; some row uses min_p, top_k or top_p
     any_logprobs: jax.Array  # bool[]
 
@@ -170,7 +172,9 @@ def _adjust(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> jax
     def of_row(table: jax.Array) -> jax.Array:
         return table.at[inputs.adjusted_rows].get(mode="clip")
 
-    x_SV = logits_SV + jnp.where(is_adjusted_S1, of_row(rows.bias), 0.0)
+    is_out_SV = inputs.masked[:, None] & ~_bits(inputs.masks, logits_SV.shape[1])
+    x_SV = jnp.where(is_out_SV, -jnp.inf, logits_SV)
+    x_SV = x_SV + jnp.where(is_adjusted_S1, of_row(rows.bias), 0.0)
     sequences = jnp.arange(num_seqs, dtype=jnp.int32)[:, None]
     x_SV = x_SV.at[sequences, inputs.banned].set(-jnp.inf, mode="drop")
 
@@ -181,6 +185,12 @@ def _adjust(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> jax
     x_SV = jnp.where(seen_SV, repeated_SV, x_SV)
     x_SV = x_SV - inputs.frequency[:, None] * counts_SV.astype(jnp.float32)
     return x_SV - inputs.presence[:, None] * (counts_SV > 0).astype(jnp.float32)
+
+
+def _bits(words_SW: jax.Array, num_bits: int) -> jax.Array:
+    """bool[S, num_bits]: bit v % 32 of word v // 32."""
+    bits_SWB = (words_SW[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None, :]) & 1
+    return bits_SWB.reshape(words_SW.shape[0], -1)[:, :num_bits] != 0
 
 
 def _lowest_kept(x_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:

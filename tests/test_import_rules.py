@@ -18,7 +18,16 @@ SIBLINGS = ("layers", "pallas_kernels", "sharding", "server")
 
 # Modules that anyone may import: data that crosses boundaries. They import only each other.
 LEAVES = frozenset(
-    f"jengine.{name}" for name in ("errors", "kv_spec", "config", "request", "outputs", "protocol")
+    f"jengine.{name}"
+    for name in (
+        "errors",
+        "kv_spec",
+        "config",
+        "request",
+        "outputs",
+        "protocol",
+        "structured_outputs",
+    )
 )
 COMPAT = "jengine.jax_compat"  # the one place for private JAX names
 
@@ -35,6 +44,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         {"jengine.layers", "jengine.loading", "jengine.pallas_kernels", "jengine.sharding"}
     ),
     "jengine.core": frozenset(),
+    "jengine.grammar": frozenset({"jengine.text"}),
     "jengine.runtime": frozenset(
         {
             "jengine.models",
@@ -46,7 +56,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
             COMPAT,
         }
     ),
-    "jengine.engine": frozenset({"jengine.runtime", "jengine.core", "jengine.models", COMPAT}),
+    "jengine.engine": frozenset(
+        {"jengine.runtime", "jengine.core", "jengine.models", "jengine.grammar", COMPAT}
+    ),
     "jengine.prebuild": frozenset(
         {"jengine.runtime", "jengine.models", "jengine.loading", "jengine.layers.param"}
     ),
@@ -70,7 +82,12 @@ FRONT_END = frozenset(
     )
 )
 for _name in FRONT_END:
-    MAY_IMPORT[_name] = FRONT_END | {"jengine.text", "jengine.loading", "jengine.engine"}
+    MAY_IMPORT[_name] = FRONT_END | {
+        "jengine.text",
+        "jengine.loading",
+        "jengine.engine",
+        "jengine.grammar.checker",
+    }
 MAY_IMPORT["jengine"] = FRONT_END  # lazy exports of jengine/__init__.py
 MAY_IMPORT["jengine.client"] = frozenset({"jengine.server.proto"})
 MAY_IMPORT["jengine.server"] = frozenset(
@@ -86,7 +103,10 @@ MAY_IMPORT["jengine.server"] = frozenset(
 )
 
 # The host side: these start without the seconds that importing JAX takes.
-WITHOUT_JAX = (*sorted(LEAVES), "jengine.core", "jengine.text", "jengine.server", "jengine.client")
+WITHOUT_JAX = (
+    *sorted(LEAVES),
+    *("jengine.core", "jengine.text", "jengine.grammar", "jengine.server", "jengine.client"),
+)
 ENVIRONMENT_READER = "jengine.config"
 
 
@@ -152,6 +172,7 @@ def test_rules_let_these_pass(module: str, source: str) -> None:
 def test_host_modules_load_without_jax() -> None:
     """The syntax tree shows direct imports; this shows indirect ones."""
     groups = {*LEAVES, *FRONT_END, "jengine.core", "jengine.text", "jengine.server"}
+    groups.add("jengine.grammar")
     names = [module for module, _ in _modules() if _group(module) in groups]
     code = (
         f"import sys, {', '.join(names)}\nprint([m for m in ('jax', 'flax') if m in sys.modules])"

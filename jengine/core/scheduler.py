@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from jengine.config import SchedulerConfig
+from jengine.core.held import HeldRequests
 from jengine.core.kv_manager import KVManager, PageTables
 from jengine.core.limits import check_fits, finish_reason, max_num_tokens, num_decodes_ahead
 from jengine.core.page_pool import IntegrityError
@@ -15,8 +16,8 @@ from jengine.core.plan import (
     ScheduledRequest,
     StepPlan,
     StepResult,
-    TokenLogprobs,
 )
+from jengine.core.prompt_logprobs import PromptLogprobs
 from jengine.core.queue import build_queue, precedence
 from jengine.core.stats import SchedulerStats
 from jengine.errors import DuplicateRequestError, QueueFullError
@@ -51,7 +52,8 @@ class Scheduler:
         self._running: list[Request] = []
         self._waiting = build_queue(config.policy)
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
-        self._num_prompt_logprobs: dict[str, int] = {}  # prompt positions reported, where asked for
+        self._held = HeldRequests()
+        self._prompt_logprobs = PromptLogprobs()
         self._next_step_id = 0
         self._next_update_id = 0
         self._stats = SchedulerStats(kv.page_size, kv.num_pages_total)
@@ -158,6 +160,15 @@ class Scheduler:
         self._drop_finished(any_finished)
         return updates
 
+    def settle(self) -> list[RequestUpdate]:
+        """Finish the constrained requests that no token can follow. Those of whom it is not known
+        yet, nor what may follow, are left out of plans."""
+        ended, now = self._held.take_ended(), time.time()
+        for request, reason in ended:
+            self._finish(request, reason, now)
+        self._drop_finished(bool(ended))
+        return [RequestUpdate(r, [] if r.is_streamed else r.output_token_ids) for r, _ in ended]
+
     def reset_prefix_cache(self) -> bool:
         """Forget cached pages. False, and nothing is done, while requests are running."""
         return self._kv.reset_prefix_cache()
@@ -243,7 +254,8 @@ class Scheduler:
         max_chunk = self._config.max_num_batched_tokens
         while self._waiting and self._free_rows and budget:
             request = self._waiting.peek()
-            if request.num_pending_tokens:  # preempted while its last tokens were on the device
+            # Preempted while its last tokens were on the device, or before its mask was ready.
+            if request.num_pending_tokens or request.is_held:
                 break
             hit = self._kv.match_prefix(request)
             if not self._kv.admit(request, hit, max_chunk):
@@ -262,6 +274,8 @@ class Scheduler:
         """Tokens a running request can compute now."""
         num_pending = request.num_pending_tokens
         num_tokens = len(request.token_ids) + num_pending
+        if request.is_held:
+            return 0
         if num_pending and (num_tokens >= request.max_num_tokens or request.needs_host_tokens):
             return 0  # it ends, or goes on, with what is on the device: see `update`
         return num_tokens - request.num_computed_tokens
@@ -325,7 +339,8 @@ class Scheduler:
         request = entry.request
         prompt_logprobs = logprobs = None
         if result.prompt_logprobs is not None:
-            prompt_logprobs = self._unreported(entry, result.prompt_logprobs[index])
+            chunk = result.prompt_logprobs[index]
+            prompt_logprobs = self._prompt_logprobs.unreported(entry, chunk)
         if not entry.samples:
             if prompt_logprobs is None:
                 return None
@@ -334,6 +349,8 @@ class Scheduler:
         token_ids = self._append(request, result.token_ids[index], now)
         if index in result.failed and not request.is_finished:
             self._finish(request, FinishReason.ERROR, now)
+        if request.constraint is not None:
+            self._held.hold(request)
         if not request.is_streamed:
             return RequestUpdate(request, request.output_token_ids) if request.is_finished else None
         if result.logprobs is not None and (position := result.logprobs[index]) is not None:
@@ -354,21 +371,6 @@ class Scheduler:
         self._stats.num_generation_tokens += len(token_ids)
         return token_ids
 
-    def _unreported(
-        self, entry: ScheduledRequest, chunk: list[TokenLogprobs] | None
-    ) -> list[TokenLogprobs] | None:
-        """The part of a chunk of prompt logprobs that clients have not seen: a preempted request
-        computes its prompt again. `chunk[0]` belongs to position `entry.start + 1`."""
-        if not chunk:
-            return None
-        request_id = entry.request.request_id
-        num_reported = self._num_prompt_logprobs.get(request_id, 0)
-        new = chunk[max(0, num_reported - entry.start) :]
-        if not new:
-            return None
-        self._num_prompt_logprobs[request_id] = entry.start + len(chunk)
-        return new
-
     def _finish(self, request: Request, reason: FinishReason, now: float) -> None:
         """End a request and give back its pages and row at once, even if steps in flight still
         contain it: whoever gets them next is in a later step, and the device executes steps in
@@ -386,7 +388,7 @@ class Scheduler:
         request.finish_reason = reason
         request.finish_time = now
         del self._requests[request.request_id]
-        self._num_prompt_logprobs.pop(request.request_id, None)
+        self._prompt_logprobs.forget(request.request_id)
 
     def _release_row(self, request: Request) -> None:
         self._free_rows.append(request.row)

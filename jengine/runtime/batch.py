@@ -2,6 +2,8 @@
 
 All metadata of a step travels as a single array: a host-to-device copy costs tens of microseconds
 whatever its size. Floats are stored as their bits.
+Only the masks of constrained requests are an array of their own, since they are the size of the
+vocabulary; where there are none, an empty one lies on the device.
 """
 
 import dataclasses
@@ -53,6 +55,7 @@ class BatchLayout:
             "sample_positions": ("i32", (S,)),
             "row_params": ("i32", (len(ROW_FIELDS), S)),
             "banned": ("i32", (S, MAX_BANNED_IDS)),
+            "masked": ("bool", (S,)),
             "num_tokens": ("i32", ()),
             "num_seqs": ("i32", ()),
             "num_steps": ("i32", ()),
@@ -63,6 +66,11 @@ class BatchLayout:
             "page_slots": ("i32", (self.num_groups, T * self.max_steps)),
             "page_ids": ("i32", (self.num_groups, T * self.max_steps)),
         }
+
+    @property
+    def mask_shape(self) -> tuple[int, int]:
+        """Of the second input: a bit for each token of the vocabulary."""
+        return self.num_seqs, -(-self.vocab_size // 32)
 
     @functools.cached_property
     def offsets(self) -> dict[str, slice]:
@@ -107,11 +115,12 @@ class HostBatch:
     """What goes to the device, and whether a request wants more back than its token."""
 
     packed: np.ndarray
+    masks: np.ndarray | None  # i32[S, ceil(V / 32)]; None if every token is allowed to everyone
     has_logprobs: bool
     has_prompt_logprobs: bool
 
 
-def unpack_batch(packed: jax.Array, layout: BatchLayout) -> DeviceBatch:
+def unpack_batch(packed: jax.Array, masks: jax.Array, layout: BatchLayout) -> DeviceBatch:
     """Inverse of `build_batch`, traced inside the step."""
     a: dict[str, jax.Array] = {}
     for name, (kind, shape) in layout.fields.items():
@@ -120,6 +129,7 @@ def unpack_batch(packed: jax.Array, layout: BatchLayout) -> DeviceBatch:
     dtypes = {"i": jnp.int32, "f": jnp.float32, "I": jnp.uint32}
     for line, (name, code) in enumerate(ROW_FIELDS.items()):
         a[name] = jax.lax.bitcast_convert_type(a["row_params"][line], dtypes[code])
+    a["masks"] = masks
     a["seeds"] = jnp.stack([a["seed_low"], a["seed_high"]], axis=-1)
     sampling_fields = {f.name for f in dataclasses.fields(SamplingInputs)} - {"positions"}
     sampling = SamplingInputs(
@@ -176,12 +186,18 @@ def build_batch(plan: StepPlan, layout: BatchLayout, mirror: RowMirror) -> HostB
     flags = int(np.bitwise_or.reduce(row_flags * samples[:num_seqs]))
     if flags & RowFlag.BANS and _fill_banned(banned, plan):
         flags |= RowFlag.SPECIAL | RowFlag.ADJUSTED
+    masks = None
+    if flags & RowFlag.CONSTRAINED:
+        flags |= RowFlag.SPECIAL | RowFlag.ADJUSTED
+        masks = np.zeros(layout.mask_shape, np.int32)
+        field("masked")[:num_seqs] = _fill_masks(masks, scheduled)
     field("any_special")[0] = flags & RowFlag.SPECIAL
     field("any_adjusted")[0] = flags & RowFlag.ADJUSTED
     field("any_truncated")[0] = flags & RowFlag.TRUNCATED
     field("any_logprobs")[0] = flags & RowFlag.LOGPROBS
     return HostBatch(
         packed,
+        masks,
         has_logprobs=bool(flags & RowFlag.LOGPROBS),
         has_prompt_logprobs=bool(np.bitwise_or.reduce(row_flags) & RowFlag.PROMPT_LOGPROBS),
     )
@@ -204,20 +220,9 @@ def _fill_pages(
 def banned_ids(item: ScheduledRequest, num_steps: int = 1) -> list[int]:
     """Tokens that must not be sampled now: stops before `min_tokens`, and ends of bad words. The
     same ones in all `num_steps` steps."""
-    request, p = item.request, item.request.sampling
+    request = item.request
     num_outputs = item.start + item.num_tokens - (num_steps - 1) - request.num_prompt_tokens
-    banned: list[int] = []
-    if num_outputs < p.min_tokens:
-        banned += request.eos_token_ids
-        banned += p.stop_token_ids or ()
-    # A request with bad words is never planned ahead (`needs_host_tokens`), so all its tokens are
-    # known here.
-    for word in p.bad_word_ids or ():
-        prefix = word[:-1]
-        outputs = request.token_ids[request.num_prompt_tokens :]
-        if len(outputs) >= len(prefix) and (not prefix or outputs[-len(prefix) :] == prefix):
-            banned.append(word[-1])
-    return banned
+    return request.banned_ids(num_outputs)
 
 
 def _decode_ids(scheduled: Sequence[ScheduledRequest]) -> list[int]:
@@ -235,6 +240,18 @@ def _token_ids(scheduled: Sequence[ScheduledRequest]) -> list[int]:
         token_ids += known
         token_ids += [PENDING] * (item.num_tokens - len(known))
     return token_ids
+
+
+def _fill_masks(masks_SW: np.ndarray, scheduled: Sequence[ScheduledRequest]) -> list[bool]:
+    """Which sequences are bound by theirs."""
+    is_masked = []
+    for s, item in enumerate(scheduled):
+        constraint = item.request.constraint
+        is_bound = item.samples and constraint is not None and constraint.mask is not None
+        if is_bound:
+            masks_SW[s] = constraint.mask
+        is_masked.append(is_bound)
+    return is_masked
 
 
 def _fill_banned(banned_SB: np.ndarray, plan: StepPlan) -> bool:

@@ -99,10 +99,12 @@ class ProgramTable:
     def _step(self, name: str) -> Program:
         layout = self._layouts_by_name[name]
         output = StepOutput(0, _SCORES, 0, 0)  # type: ignore[arg-type]
-        arguments = (self.leaves, self.kv, self.rows, _i32(layout.size))
+        masks = _i32(*layout.mask_shape)
+        arguments = (self.leaves, self.kv, self.rows, _i32(layout.size), masks)
         step = build_step(self.spec, layout)
         result = (self.kv, self.rows, output)
-        return Program(step, ("kv", "rows"), arguments, result, 4 * layout.size)
+        input_bytes = 4 * (layout.size + math.prod(layout.mask_shape))
+        return Program(step, ("kv", "rows"), arguments, result, input_bytes)
 
     def _score(self) -> Program:
         hidden = jax.ShapeDtypeStruct((SCORE_ROWS, *self.hidden.shape), self.hidden.dtype)

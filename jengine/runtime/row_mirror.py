@@ -39,6 +39,7 @@ class RowFlag:
     LOGPROBS = 8
     PROMPT_LOGPROBS = 16
     BANS = 32  # some steps ban tokens: min_tokens, bad words
+    CONSTRAINED = 64  # has a mask of allowed tokens for each step
 
 
 PageUpdates = tuple[list[int], list[int]]  # (slots = row * pages_per_seq + index, page ids)
@@ -68,6 +69,8 @@ class RowMirror:
         must bring them to the device itself: a batch has room for one new page per token, and a hit
         in the prefix cache may bring more."""
         self._set_params(item.row, item.request.sampling, item.request.seed)
+        if item.request.constraint is not None:
+            self.flags[item.row] |= RowFlag.CONSTRAINED
         num_known = len(item.page_tables[0]) if len(item.page_tables[0]) > item.num_tokens else 0
         for num_pages in self._num_pages:
             num_pages[item.row] = num_known

@@ -72,13 +72,18 @@ class ModelRunner:
         self._layouts = blueprint.table.layouts
         some_layout = self._layouts[self.buckets[0]]
         self._mirror = RowMirror(len(self.groups), some_layout.num_rows, some_layout.pages_per_seq)
+        # A step without constrained requests brings no masks along.
+        self._no_masks = {
+            shape: jax.device_put(np.zeros(shape, np.int32), blueprint.table.placement)
+            for shape in {layout.mask_shape for layout in self._layouts.values()}
+        }
         self._scorer = PromptScorer(self.programs, self.leaves, self.spec.num_logprobs)
         self._forward = jax.jit(build_forward(self.spec))
 
     def close(self) -> None:
         """Free the KV cache and the rows; parameters live as long as somebody refers to them."""
         self.programs.close()
-        for array in jax.tree.leaves((self.kv, self.rows)):
+        for array in jax.tree.leaves((self.kv, self.rows, self._no_masks)):
             if not array.is_deleted():
                 array.delete()
 
@@ -88,9 +93,11 @@ class ModelRunner:
             if item.is_admitted:
                 self._admit(item)
         bucket = self._pick_bucket(plan)
-        batch = build_batch(plan, self._layouts[bucket], self._mirror)
+        layout = self._layouts[bucket]
+        batch = build_batch(plan, layout, self._mirror)
+        masks = self._no_masks[layout.mask_shape] if batch.masks is None else batch.masks
         step = self.programs[str(bucket)]
-        self.kv, self.rows, output = step(self.leaves, self.kv, self.rows, batch.packed)
+        self.kv, self.rows, output = step(self.leaves, self.kv, self.rows, batch.packed, masks)
         output.sampled.copy_to_host_async()
         return StepHandle(plan, bucket, batch, output)
 

@@ -61,8 +61,8 @@ class StepSpec:
 def build_step(
     spec: StepSpec, layout: BatchLayout
 ) -> Callable[..., tuple[KV, RowState, StepOutput]]:
-    """The program of one bucket: `step(params, kv, rows, packed) -> (kv, rows, StepOutput)`;
-    donates kv and rows.
+    """The program of one bucket: `step(params, kv, rows, packed, masks) -> (kv, rows,
+    StepOutput)`; donates kv and rows.
 
     With `layout.max_steps` > 1 it runs as many decode steps as the batch says, 1 among them. The
     trip count is data: one executable serves every number of steps, and on a GPU the whole loop
@@ -102,9 +102,13 @@ def build_step(
         return kv, rows, last, sampled
 
     def step(
-        params: tuple[jax.Array, ...], kv: KV, rows: RowState, packed: jax.Array
+        params: tuple[jax.Array, ...],
+        kv: KV,
+        rows: RowState,
+        packed: jax.Array,
+        masks: jax.Array,
     ) -> tuple[KV, RowState, StepOutput]:
-        batch = unpack_batch(packed, layout)
+        batch = unpack_batch(packed, masks, layout)
         rows = dataclasses.replace(rows, page_tables=_grown_tables(rows, batch))
         tables = tuple(
             table.at[batch.sampling.rows].get(mode="fill", fill_value=0)

@@ -74,17 +74,18 @@ def run(rows: list[Row], logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, Ro
     mirror = RowMirror(1, R, 4)
     for item in scheduled:
         mirror.admit(item)
-    packed = build_batch(plan, LAYOUT, mirror).packed
+    batch = build_batch(plan, LAYOUT, mirror)
     full = np.zeros((8, V), np.float32)
     full[: len(rows)] = logits
 
-    ids, finite, state = _sample(packed, full, state)
+    masks = np.zeros(LAYOUT.mask_shape, np.int32) if batch.masks is None else batch.masks
+    ids, finite, state = _sample(batch.packed, masks, full, state)
     return np.asarray(ids)[: len(rows)], np.asarray(finite)[: len(rows)], state
 
 
 @jax.jit
-def _sample(packed: jax.Array, full: jax.Array, state: RowState):
-    batch = unpack_batch(packed, LAYOUT)
+def _sample(packed: jax.Array, masks: jax.Array, full: jax.Array, state: RowState):
+    batch = unpack_batch(packed, masks, LAYOUT)
     ids, finite = sample(full, state, batch.sampling)
     return ids, finite, count_sampled(state, batch.sampling, ids, batch.samples)
 

@@ -133,7 +133,8 @@ def compile_step(
     )
     leaves = tuple(_array(p.shape, p.dtype) for p in abstract_parameters(module).values())
     packed = _array((layout.size,), "int32")
-    arguments = (leaves, kv_arrays(config), row_state(config), packed)
+    masks = _array(layout.mask_shape, "int32")
+    arguments = (leaves, kv_arrays(config), row_state(config), packed, masks)
     options = bucket_options(compiler_options("cuda"), num_tokens, num_seqs) | options
     return compile_for_h100(build_step(spec, layout), arguments, ("kv", "rows"), folder, **options)
 

@@ -57,7 +57,8 @@ def item(
 
 
 def fields(packed: np.ndarray, of: BatchLayout) -> dict[str, Any]:
-    batch = unpack_batch(jnp.asarray(packed), of)
+    masks = jnp.zeros(of.mask_shape, jnp.int32)
+    batch = unpack_batch(jnp.asarray(packed), masks, of)
     flat = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     sampling = flat.pop("sampling")
     flat |= {f"sampling.{f.name}": getattr(sampling, f.name) for f in dataclasses.fields(sampling)}
