@@ -371,6 +371,7 @@ class EngineCore:
             num_preemptions=request.num_preemptions,
             scheduled_time=request.scheduled_time,
             first_token_time=request.first_token_time,
+            ends_in_text=request.token_ids[-1] not in request.stop_ids,
             error=request.error or "the model's logits are not finite"
             if request.finish_reason is FinishReason.ERROR
             else None,

@@ -209,7 +209,7 @@ class CompletionState:
         """Append new tokens, at most up to the one that completes a stop string."""
         token_ids = output.new_token_ids
         # A token that stops is part of token_ids, but of the text only if the user asks for it.
-        is_stop = output.finish_reason is FinishReason.STOP
+        is_stop = output.finish_reason is FinishReason.STOP and not output.ends_in_text
         is_hidden = is_stop and not self._sampling.include_stop_str_in_output
         shown = token_ids[:-1] if is_hidden else token_ids
         if self._stops is None and self._logprobs is None:  # nobody looks at single tokens

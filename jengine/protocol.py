@@ -95,6 +95,7 @@ class CoreOutput(msgspec.Struct, array_like=True, gc=False):
     first_token_time: float | None = None
     error: str | None = None  # with finish_reason "error"
     refusal: Refusal | None = None  # set when the request was never admitted
+    ends_in_text: bool = False  # with finish_reason "stop": its last token is not what stopped it
 
 
 class EngineStats(msgspec.Struct, array_like=True):

@@ -9,6 +9,7 @@ from jengine.errors import InvalidRequestError
 from jengine.outputs import CompletionOutput, PositionLogprobs, RequestOutput, RequestTimings
 from jengine.request import RequestOutputKind, SamplingParams
 from jengine.server.proto import engine_pb2
+from jengine.structured_outputs import StructuredOutputsParams
 
 _OPTIONAL_FIELDS = (
     *(
@@ -46,6 +47,8 @@ def to_sampling_params(
     for name in _REPEATED_FIELDS:
         if values := list(getattr(message, name)):
             fields[name] = values
+    if message.HasField("structured_outputs"):
+        fields["structured_outputs"] = to_structured_outputs(message.structured_outputs)
     if message.logit_bias:
         fields["logit_bias"] = dict(message.logit_bias)
     fields["detokenize"] = wants_text(output) or bool(message.stop)
@@ -53,6 +56,20 @@ def to_sampling_params(
         RequestOutputKind.FINAL_ONLY if output.final_only else RequestOutputKind.DELTA
     )
     return SamplingParams(**fields)
+
+
+def to_structured_outputs(message: engine_pb2.StructuredOutputs) -> StructuredOutputsParams:
+    fields: dict[str, Any] = {}
+    if kind := message.WhichOneof("constraint"):
+        value = getattr(message, kind)
+        fields[kind] = list(value.values) if kind == "choice" else value
+    if message.HasField("whitespace_pattern"):
+        fields["whitespace_pattern"] = message.whitespace_pattern
+    return StructuredOutputsParams(
+        **fields,
+        disable_any_whitespace=message.disable_any_whitespace,
+        disable_additional_properties=message.disable_additional_properties,
+    )
 
 
 def to_messages(messages: Any) -> list[dict[str, str]]:

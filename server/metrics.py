@@ -178,6 +178,9 @@ class EngineCollector(Collector):
                 "Compilations that nobody prepared: each is a bug.",
                 stats.num_compilations,
             ),
+            ("jengine:grammars_compiled", "For structured outputs.", stats.num_grammars),
+            ("jengine:grammar_masks", "Tokens of constrained requests.", stats.num_masks),
+            ("jengine:grammar_mask_seconds", "Computing those masks.", stats.mask_seconds),
         ):
             yield self._counter(name, text, value)
         computed = max(stats.num_prompt_tokens - stats.prefix_hits, 0)

@@ -14,6 +14,7 @@ import msgspec
 
 from jengine.errors import InvalidRequestError
 from jengine.request import RequestOutputKind, SamplingParams
+from jengine.server.openai_constraints import constraint_field, read_constraint
 
 COMPLETION_MAX_TOKENS = 16
 MAX_STOP_STRINGS = 16
@@ -68,9 +69,9 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    # Recognised, and refused when they ask for something.
     response_format: dict[str, Any] | None = None
-    structured_outputs: Any = None
+    structured_outputs: dict[str, Any] | None = None
+    # Recognised, and refused when they ask for something.
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
@@ -85,8 +86,6 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     def check(self, extra: Mapping[str, object]) -> None:
         """Refuse what cannot be honoured, and check what `SamplingParams` does not."""
         refused: dict[str, object] = {
-            "response_format": (self.response_format or {}).get("type", "text") != "text",
-            "structured_outputs": self.structured_outputs,
             "guided_json": self.guided_json,
             "guided_regex": self.guided_regex,
             "guided_choice": self.guided_choice,
@@ -114,6 +113,11 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
         for value in (self.logit_bias or {}).values():
             if not -100.0 <= value <= 100.0:
                 raise InvalidRequestError("logit_bias", f"must be in [-100, 100], got {value}")
+
+    @property
+    def constraint_field(self) -> str:
+        """What errors call the constraint, if not as we do."""
+        return constraint_field(self.response_format)
 
     @property
     def includes_usage(self) -> bool:
@@ -159,6 +163,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
             allowed_token_ids=self.allowed_token_ids,
             bad_words=self.bad_words or None,
             logit_bias=self.logit_bias,
+            structured_outputs=read_constraint(self.response_format, self.structured_outputs),
             output_kind=(RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY),
         )
 

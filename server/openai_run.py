@@ -71,6 +71,7 @@ def submissions(
             endpoint=endpoint,
             priority=body.priority,
             cache_salt=body.cache_salt or "",
+            constraint_field=body.constraint_field,
         )
         for index, prompt in enumerate(prepared)
     ]

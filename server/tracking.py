@@ -10,12 +10,13 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from jengine.errors import JengineError
+from jengine.errors import InvalidRequestError, JengineError
 from jengine.input_processor import TokensPrompt
 from jengine.outputs import RequestOutput
 from jengine.request import RequestOutputKind, SamplingParams
 from jengine.server.metrics import ServerMetrics
 from jengine.server.state import ServerState
+from jengine.structured_outputs import FIELD
 
 logger = logging.getLogger("jengine.requests")
 
@@ -32,6 +33,7 @@ class Submission:
     priority: int = 0
     cache_salt: str = ""
     deadline: float | None = None
+    constraint_field: str = ""  # what this protocol calls the constraint, if not as we do
 
 
 async def tracked(
@@ -64,6 +66,9 @@ async def tracked(
                 yield output
     except (JengineError, TimeoutError) as error:
         record.error = type(error).__name__
+        is_of_constraint = isinstance(error, InvalidRequestError) and error.field.startswith(FIELD)
+        if is_of_constraint and submission.constraint_field:
+            raise InvalidRequestError(submission.constraint_field, error.message) from None
         raise
     finally:
         state.num_active -= 1

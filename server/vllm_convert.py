@@ -13,6 +13,7 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from jengine.errors import InvalidRequestError
 from jengine.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from jengine.request import RequestOutputKind, SamplingParams
+from jengine.structured_outputs import StructuredOutputsParams
 
 # What this server cannot do, by message field.
 _UNSUPPORTED_INPUTS = ("mm_inputs", "media_refs", "extra_mm_inputs")
@@ -30,10 +31,6 @@ def check_supported(request: pb.GenerateRequest) -> None:
     if request.HasField("data_parallel_rank") and request.data_parallel_rank != 0:
         raise InvalidRequestError(
             "data_parallel_rank", f"must be 0: there is one rank, got {request.data_parallel_rank}"
-        )
-    if constraint := request.sampling_params.WhichOneof("constraint"):
-        raise InvalidRequestError(
-            f"sampling_params.{constraint}", "structured outputs are not supported by this version"
         )
 
 
@@ -63,9 +60,27 @@ def to_sampling_params(params: pb.SamplingParams, *, stream: bool) -> SamplingPa
         truncate_prompt_tokens=(
             params.truncate_prompt_tokens if params.HasField("truncate_prompt_tokens") else None
         ),
+        structured_outputs=to_structured_outputs(params),
         detokenize=bool(params.stop),
         output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
     )
+
+
+def constraint_field(params: pb.SamplingParams) -> str:
+    """What errors call the request's constraint."""
+    return f"sampling_params.{params.WhichOneof('constraint') or 'constraint'}"
+
+
+def to_structured_outputs(params: pb.SamplingParams) -> StructuredOutputsParams | None:
+    """Starts with the first token, as `grammar_from_first_token` asks: there is no reasoning parser
+    here."""
+    kind = params.WhichOneof("constraint")
+    if kind is None or (kind == "json_object" and not params.json_object):
+        return None
+    if kind == "choice":
+        return StructuredOutputsParams(choice=list(params.choice.choices))
+    name = "json" if kind == "json_schema" else kind
+    return StructuredOutputsParams(**{name: getattr(params, kind)})
 
 
 class ResponseBuilder:

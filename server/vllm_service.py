@@ -27,7 +27,12 @@ from jengine.server.metrics import ThroughputMeter
 from jengine.server.state import ServerState, Status, check_request_id, new_request_id
 from jengine.server.tokenizer_bundle import TokenizerBundle, build_bundle
 from jengine.server.tracking import Submission, tracked
-from jengine.server.vllm_convert import ResponseBuilder, check_supported, to_sampling_params
+from jengine.server.vllm_convert import (
+    ResponseBuilder,
+    check_supported,
+    constraint_field,
+    to_sampling_params,
+)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 SERVER_TYPE = "vllm-grpc"  # what gateways look for
@@ -65,6 +70,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
                 sampling=to_sampling_params(request.sampling_params, stream=request.stream),
                 endpoint="grpc.VllmEngine.Generate",
                 deadline=deadline_of(context),
+                constraint_field=constraint_field(request.sampling_params),
             )
             builder = ResponseBuilder(stream=request.stream)
             async with aclosing(tracked(self._state, submission)) as outputs:

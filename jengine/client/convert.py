@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
+import msgspec
 from google.rpc import error_details_pb2, status_pb2
 
 from jengine.client.types import (
@@ -29,6 +30,7 @@ from jengine.errors import (
     UnsupportedError,
 )
 from jengine.server.proto import engine_pb2 as pb
+from jengine.structured_outputs import StructuredOutputsParams
 
 _REASONS = {
     pb.Finish.REASON_STOP: "stop",
@@ -88,6 +90,8 @@ def _sampling(fields: Mapping[str, Any]) -> pb.SamplingParams:
     given = {name: value for name, value in fields.items() if value is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
+    if isinstance(constraint := given.get("structured_outputs"), StructuredOutputsParams):
+        given["structured_outputs"] = _structured_outputs(constraint)
     try:
         return pb.SamplingParams(**given)
     except (
@@ -95,6 +99,19 @@ def _sampling(fields: Mapping[str, Any]) -> pb.SamplingParams:
         TypeError,
     ) as error:  # an unknown field, a wrong type, or out of the field's range
         raise InvalidRequestError("sampling", str(error)) from None
+
+
+def _structured_outputs(params: StructuredOutputsParams) -> pb.StructuredOutputs:
+    fields = {
+        name: value
+        for name, value in msgspec.structs.asdict(params).items()
+        if value not in (None, False)
+    }
+    if isinstance(schema := fields.get("json"), dict):
+        fields["json"] = json.dumps(schema)
+    if (choice := fields.get("choice")) is not None:
+        fields["choice"] = pb.Choices(values=choice)
+    return pb.StructuredOutputs(**fields)
 
 
 def _output(options: CallOptions) -> pb.OutputOptions:

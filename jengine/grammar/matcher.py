@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from jengine.request import FinishReason, Request
+from jengine.structured_outputs import FIELD
 
 if TYPE_CHECKING:
     import llguidance
@@ -74,7 +75,7 @@ class Constraint:
         if self._pool.consume(self._matcher, token_id):
             self._look_ahead(vocabulary, banned)
         else:
-            self.fail(f"structured outputs: {_error_of(self._matcher)}")
+            self.fail(f"{FIELD}: {_error_of(self._matcher)}")
 
     def _look_ahead(self, vocabulary: "Vocabulary", banned: tuple[int, ...]) -> None:
         matcher = self._matcher
@@ -85,7 +86,7 @@ class Constraint:
             mask = vocabulary.compute_mask(matcher)
             self._pool.count_mask(time.perf_counter() - started)
         if matcher.is_error():
-            self.fail(f"structured outputs: {_error_of(matcher)}")
+            self.fail(f"{FIELD}: {_error_of(matcher)}")
         elif mask is None or matcher.is_stopped():
             self.finish_reason = FinishReason.STOP
         else:
@@ -98,7 +99,7 @@ class Constraint:
             elif matcher.is_accepting():
                 self.finish_reason = FinishReason.STOP
             else:
-                self.fail("structured outputs: every token that the grammar allows is excluded")
+                self.fail(f"{FIELD}: every token that the grammar allows is excluded")
 
 
 class MatcherPool:
@@ -197,7 +198,7 @@ class MatcherPool:
         try:
             job(self._vocabulary.result())
         except BaseException as error:  # of one request; a panic of the library is no `Exception`
-            constraint.fail(f"structured outputs: {error}")
+            constraint.fail(f"{FIELD}: {error}")
         constraint.is_ready = True
         with self._changed:
             self._num_running -= 1

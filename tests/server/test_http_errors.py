@@ -13,6 +13,12 @@ from tests.server.harness import RunningServer, echo_server, events, get, post, 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
+SO = "structured_outputs"
+
+
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
 
 # path, body, the field that the error names
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -58,8 +64,32 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": "a", "best_of": 3}, "best_of"),
     (COMPLETIONS, {"prompt": "a", "use_beam_search": True}, "use_beam_search"),
     (COMPLETIONS, {"prompt": "a", "prompt_embeds": "AAAA"}, "prompt_embeds"),
-    (COMPLETIONS, {"prompt": "a", "response_format": {"type": "json_object"}}, "response_format"),
-    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    (COMPLETIONS, {"prompt": "a", "guided_json": {"type": "object"}}, "guided_json"),
+    (COMPLETIONS, {"prompt": "a", "response_format": {"type": "xml"}}, "response_format"),
+    (COMPLETIONS, {"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format"),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "response_format": schema_format({"type": "x"})},
+        "response_format",
+    ),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "response_format": {"type": "structural_tag", "triggers": []}},
+        "response_format",
+    ),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "(a"}}, f"{SO}.regex"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": 5}}, f"{SO}.regex"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regexp": "a"}}, SO),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "a", "json": {}}}, SO),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"choice": []}}, f"{SO}.choice"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"choice": ["a", 5]}}, f"{SO}.choice"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {"grammar": "x: y"}}, f"{SO}.grammar"),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "response_format": {"type": "json_object"}, SO: {"regex": "a"}},
+        SO,
+    ),
+    (CHAT, {"messages": USER, "response_format": schema_format({"type": "x"})}, "response_format"),
     (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
     (COMPLETIONS, {"prompt": "a", "priority": 1}, "priority"),
     (COMPLETIONS, {"prompt": "a", "request_id": "a b"}, "request_id"),
