@@ -1,6 +1,7 @@
 """The sampler against a sorting float64 oracle, and its independence of the batch."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +35,33 @@ LAYOUT = BatchLayout(
 )
 
 
+class FixedMask:
+    """A constraint that never changes."""
+
+    is_ready = True
+    finish_reason = None
+    error = None
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self.mask: np.ndarray | None = mask
+
+    def advance(self, token_id: int, banned: Iterable[int]) -> None:
+        """Nothing changes."""
+
+
 @dataclasses.dataclass
 class Row:
     params: SamplingParams
     prompt: list[int]
     output: list[int]
     seed: int = 0
+    constraint: FixedMask | None = None
 
     def request(self) -> Request:
         request = Request("r", list(self.prompt), self.params, frozenset({1, 2}), seed=self.seed)
         request.token_ids = self.prompt + self.output
+        if self.constraint is not None:
+            request.constrain(self.constraint)
         return request
 
 
@@ -212,3 +230,40 @@ def test_logprobs_match_log_softmax() -> None:
     assert np.array_equal(np.asarray(got.top_ids), order[:, :5])
     ranks = [1 + int(np.where(order[i] == int(ids[i]))[0][0]) for i in range(3)]
     assert np.asarray(got.rank).tolist() == ranks
+
+
+def mask_of(allowed: list[int]) -> FixedMask:
+    bits = np.zeros(LAYOUT.mask_shape[1] * 32, np.uint8)
+    bits[allowed] = 1
+    return FixedMask(np.packbits(bits, bitorder="little").view(np.int32))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_tokens_of_the_mask_are_drawn(temperature: float) -> None:
+    logits = random_logits(8, seed=5)
+    params = SamplingParams(temperature=temperature, top_p=0.9, repetition_penalty=1.3)
+    free = [Row(params, [3], [4], seed=i) for i in range(8)]
+    unbound, _, _ = run(free, logits)
+    allowed = [0, 31, 32, 63, 64, V - 1]  # bits at the ends of words, the sign bit among them
+    rows = [
+        dataclasses.replace(row, constraint=mask_of(allowed)) if i % 2 else row
+        for i, row in enumerate(free)
+    ]
+    for _ in range(4):
+        ids, finite, _ = run(rows, logits)
+        assert finite.all()
+        assert set(ids[1::2].tolist()) <= set(allowed)
+        assert ids[0::2].tolist() == unbound[0::2].tolist(), "neighbours do not notice"
+    for token in allowed:
+        one = dataclasses.replace(free[0], constraint=mask_of([token]))
+        assert run([one], logits[:1])[0].tolist() == [token]
+
+
+def test_a_masked_greedy_row_takes_the_best_allowed_token() -> None:
+    logits = random_logits(3, seed=6)
+    allowed = [2, 40, 41, 90]
+    greedy = SamplingParams(temperature=0)
+    rows = [Row(greedy, [3], []), Row(greedy, [3], [], constraint=mask_of(allowed))]
+    ids, _, _ = run([*rows, rows[0]], logits)
+    best = allowed[int(logits[1, allowed].argmax())]
+    assert ids.tolist() == [int(logits[0].argmax()), best, int(logits[2].argmax())]

@@ -26,13 +26,17 @@ class CorePump:
     def submit(
         self, request_id: str, prompt: list[int], params: SamplingParams, *, seed: int = 0,
         eos: list[int] | None = None, priority: int = 0, is_streamed: bool = True,
+        grammar: str = "",
     ) -> None:  # fmt: skip
-        eos_ids = [] if params.ignore_eos else (eos if eos is not None else [2])
+        # Without a grammar nobody else needs to know them.
+        is_endless = params.ignore_eos and not grammar
+        eos_ids = [] if is_endless else (eos if eos is not None else [2])
         self.core.submit(
             CoreRequest(
-                request_id, prompt, params, eos_ids, seed, priority, "", time.time(), is_streamed
+                request_id, prompt, params, eos_ids, seed, priority, "", time.time(), is_streamed,
+                grammar,
             )
-        )
+        )  # fmt: skip
 
     def abort(self, *request_ids: str) -> None:
         self.core.submit(AbortRequests(list(request_ids)))
