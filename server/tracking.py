@@ -64,11 +64,13 @@ async def tracked(
             async for output in outputs:
                 record.add(output, state.metrics)
                 yield output
+    except InvalidRequestError as error:
+        record.error = type(error).__name__
+        if submission.constraint_field and error.field.startswith(FIELD):
+            raise InvalidRequestError(submission.constraint_field, error.message) from None
+        raise
     except (JengineError, TimeoutError) as error:
         record.error = type(error).__name__
-        is_of_constraint = isinstance(error, InvalidRequestError) and error.field.startswith(FIELD)
-        if is_of_constraint and submission.constraint_field:
-            raise InvalidRequestError(submission.constraint_field, error.message) from None
         raise
     finally:
         state.num_active -= 1

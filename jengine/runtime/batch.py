@@ -247,10 +247,10 @@ def _fill_masks(masks_SW: np.ndarray, scheduled: Sequence[ScheduledRequest]) -> 
     is_masked = []
     for s, item in enumerate(scheduled):
         constraint = item.request.constraint
-        is_bound = item.samples and constraint is not None and constraint.mask is not None
-        if is_bound:
-            masks_SW[s] = constraint.mask
-        is_masked.append(is_bound)
+        mask = constraint.mask if item.samples and constraint is not None else None
+        if mask is not None:
+            masks_SW[s] = mask
+        is_masked.append(mask is not None)
     return is_masked
 
 

@@ -19,7 +19,7 @@ from jengine.layers.sampling import (
     top_k_threshold,
     top_p_threshold,
 )
-from jengine.request import Request, SamplingParams
+from jengine.request import FinishReason, Request, SamplingParams
 from jengine.runtime.batch import (
     BatchLayout,
     banned_ids,
@@ -38,12 +38,11 @@ LAYOUT = BatchLayout(
 class FixedMask:
     """A constraint that never changes."""
 
-    is_ready = True
-    finish_reason = None
-    error = None
-
     def __init__(self, mask: np.ndarray) -> None:
+        self.is_ready = True
         self.mask: np.ndarray | None = mask
+        self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
 
     def advance(self, token_id: int, banned: Iterable[int]) -> None:
         """Nothing changes."""
