@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jengine.errors import JengineError
+from jengine.errors import InvalidRequestError, JengineError
 from jengine.server.http_errors import describe, from_validation
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ async def read_body(request: Request, kind: type[T]) -> T:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise from_validation(error) from None
+    except RecursionError:
+        raise InvalidRequestError("body", "is nested too deeply") from None
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

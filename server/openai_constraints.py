@@ -17,12 +17,13 @@ def read_constraint(
     response_format: dict[str, Any] | None, structured_outputs: dict[str, Any] | None
 ) -> StructuredOutputsParams | None:
     """What both ask for together: options of the second hold for the first."""
-    kinds = _read_format(response_format or {})
-    fields = {**(structured_outputs or {}), **kinds}
-    if not fields:
-        return None
     try:
-        return msgspec.convert(fields, StructuredOutputsParams)
+        kinds = _read_format(response_format or {})
+        fields = {**(structured_outputs or {}), **kinds}
+        return msgspec.convert(fields, StructuredOutputsParams) if fields else None
+    except RecursionError:
+        name = RESPONSE_FORMAT if response_format else FIELD
+        raise InvalidRequestError(name, "is nested too deeply") from None
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, InvalidRequestError):
             raise error.__cause__ from None

@@ -116,7 +116,12 @@ def test_errors_have_the_sdk_s_classes(client: openai.OpenAI) -> None:
     assert caught.value.param == "messages"
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(
-            model=MODEL, messages=USER, response_format={"type": "json_object"}
+            model=MODEL,
+            messages=USER,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "strin"}},
+            },
         )
     assert caught.value.param == "response_format"
     with pytest.raises(openai.BadRequestError) as caught:
