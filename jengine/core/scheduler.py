@@ -202,7 +202,7 @@ class Scheduler:
         for request in self._running:
             if not self._num_wanted_tokens(request):
                 continue
-            tables = self._kv.allocate(request, num_steps)
+            tables = self._kv.allocate(request, num_steps, num_steps)
             if tables is None:
                 raise IntegrityError("there is no room for the steps planned ahead")
             start = request.num_computed_tokens
