@@ -247,9 +247,7 @@ class KVManager:
         """Of each group."""
         return all(g.pool.num_free >= n for g, n in zip(self._groups, num_pages, strict=True))
 
-    def _release_unread(
-        self, request: Request, held: _Held, index: int, first_read: int
-    ) -> None:
+    def _release_unread(self, request: Request, held: _Held, index: int, first_read: int) -> None:
         """Release pages that no query of this step or a later one reads."""
         first_live = held.first_live[index]
         if first_read > first_live:

@@ -26,9 +26,7 @@ def mix(*values: object) -> int:
     return hash(values) & (2**61 - 1)  # hashes of ints and tuples do not vary between processes
 
 
-def naive_tokens(
-    windows: Sequence[Window], prompt: Sequence[int], num_tokens: int
-) -> list[int]:
+def naive_tokens(windows: Sequence[Window], prompt: Sequence[int], num_tokens: int) -> list[int]:
     """What the model generates for one request alone, from plain lists: no pages, no steps."""
     tokens = list(prompt)
     values: list[list[int]] = [[] for _ in windows]

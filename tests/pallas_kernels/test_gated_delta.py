@@ -2,6 +2,8 @@
 read; that nothing else is written; and that a row's bits do not depend on its neighbours.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
@@ -17,23 +19,31 @@ from jengine.pallas_kernels.platform import tracing_for
 EPS = 2.0**-23
 
 
+@functools.cache
+def jitted_delta(
+    backend: ModuleType, is_decode: bool
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """One function object for each back end: traces are kept by it."""
+    return jax.jit(functools.partial(backend.gated_delta, is_decode=is_decode), donate_argnums=5)
+
+
+jitted_conv = jax.jit(reference.short_conv, donate_argnums=2)
+
+
 def run_delta(
     inputs: Inputs, is_decode: bool = False, backend: ModuleType = reference
 ) -> tuple[np.ndarray, ...]:
-    def run(*args):
-        return backend.gated_delta(*args, is_decode=is_decode)
-
     names = ("q_TKH", "k_TKH", "v_TNV", "log_decay_TN", "beta_TN", "states_PE", "slots_2S",
              "cu_q_lens_S1")  # fmt: skip
     args = [jnp.asarray(getattr(inputs, name)) for name in names]
     with tracing_for("cuda" if backend is xla_gpu else "cpu"):
-        return tuple(map(np.asarray, jax.jit(run, donate_argnums=5)(*args)))
+        return tuple(map(np.asarray, jitted_delta(backend, is_decode)(*args)))
 
 
 def run_conv(inputs: Inputs) -> tuple[np.ndarray, ...]:
     names = ("x_TC", "weight_CW", "states_PE", "slots_2S", "seq_ids_T", "cu_q_lens_S1")
     args = [jnp.asarray(getattr(inputs, name)) for name in names]
-    return tuple(map(np.asarray, jax.jit(reference.short_conv, donate_argnums=2)(*args)))
+    return tuple(map(np.asarray, jitted_conv(*args)))
 
 
 def delta_float64(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
