@@ -182,6 +182,12 @@ class KVManager:
             self._register(request, held, end)
         return tables
 
+    def cut_chunk(self, start: int, num_tokens: int) -> int:
+        """How many of `num_tokens` to compute where a prompt has to be cut anyway: with states, up
+        to the end of a page, so that the state can be found again."""
+        end = (start + num_tokens) // self.page_size * self.page_size
+        return end - start if self._states and end > start else num_tokens
+
     def has_room_ahead(self, num_requests: int, num_tokens: int) -> bool:
         """Whether so many requests can be given `num_tokens` more tokens each, whatever pages they
         have. Counts up to one page too many for each, which is cheaper than to look."""

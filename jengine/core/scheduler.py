@@ -228,6 +228,7 @@ class Scheduler:
             num_tokens = min(wanted, budget - (len(running) - index - 1))
             if num_tokens < wanted:
                 all_served = False
+                num_tokens = self._kv.cut_chunk(request.num_computed_tokens, num_tokens)
             if num_tokens:
                 tables = self._allocate_by_preempting(request, num_tokens)
                 if tables is None:
@@ -250,7 +251,9 @@ class Scheduler:
                 break
             self._waiting.pop()
             self._start(request, hit.num_tokens)
-            num_tokens = min(request.num_tokens - hit.num_tokens, budget)
+            num_tokens = request.num_tokens - hit.num_tokens
+            if num_tokens > budget:
+                num_tokens = self._kv.cut_chunk(hit.num_tokens, budget)
             tables = self._kv.allocate(request, num_tokens)
             if tables is None:
                 raise IntegrityError("an admitted request has no pages for its first chunk")

@@ -203,21 +203,17 @@ def plan_pages(
             "lower max_model_len or give kv_cache_memory_bytes"
         )
     states = [group for group in groups if group.spec.is_state]
-    sizes = _num_states(states, needs[len(groups) - len(states) :], num_states, available)
     grow = [(need, g) for need, g in zip(needs, groups, strict=True) if not g.spec.is_state]
-    left = available - sum(n * g.bytes_per_page for n, g in zip(sizes, states, strict=True))
-    left -= sum(g.bytes_per_page for _, g in grow)
-    requests = left / max(1, sum(need * g.bytes_per_page for need, g in grow))
-    return (*(int(need * requests) + 1 for need, _ in grow), *sizes)
-
-
-def _num_states(
-    groups: Sequence[KVGroup], needs: Sequence[int], num_wanted: int, available: int
-) -> list[int]:
-    """Of each group of states, the null one included: no fewer than one request needs."""
-    page_bytes = sum(group.bytes_per_page for group in groups)
-    affordable = int(available * STATES_SHARE) // max(1, page_bytes)
-    return [max(1 + need, min(num_wanted, affordable)) for need in needs]
+    null_bytes = sum(g.bytes_per_page for _, g in grow)
+    request_bytes = sum(need * g.bytes_per_page for need, g in grow)
+    if states:
+        state_bytes = sum(group.bytes_per_page for group in states)
+        share = int(available * STATES_SHARE) if grow else available
+        affordable = min(share, available - null_bytes - request_bytes) // state_bytes
+        num_states = max(1 + needs[-1], min(num_states, affordable))
+        available -= num_states * state_bytes
+    requests = (available - null_bytes) / max(1, request_bytes)
+    return (*(int(need * requests) + 1 for need, _ in grow), *(num_states for _ in states))
 
 
 def _round_down(size: int) -> int:
