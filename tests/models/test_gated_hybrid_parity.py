@@ -89,6 +89,9 @@ def test_logits_and_experts_match_transformers(
         assert np.abs(own).max() <= TOLERANCE, chunks
         jax.effects_barrier()
         check_experts(routed, chunks, routing)
+    hidden_TD = driver.runner.hidden_states(tokens(hf_model, LENGTH))  # outside the cache
+    logits_TV = np.asarray(hidden_TD, np.float64) @ np.asarray(driver.runner.model.head).T
+    assert np.abs(logits_TV - expected).max() <= TOLERANCE
     # The comparison can fail: the same oracle with any one weight permuted is another model.
     changed = [*permuted(hf_model, LENGTH), *permuted_further(hf_model)]
     unseen = [n for n, e in changed if np.abs(results[0] - e).max() <= 10 * TOLERANCE]
