@@ -239,8 +239,7 @@ class Scheduler:
         return budget, all_served and num_preemptions == self._stats.num_preemptions
 
     def _schedule_waiting(self, scheduled: list[ScheduledRequest], budget: int) -> int:
-        """Admit from the queue's head; nobody overtakes a head that has to wait. Returns the budget
-        left."""
+        """Admit from the head; nobody overtakes one that has to wait. Returns the budget left."""
         max_chunk = self._config.max_num_batched_tokens
         while self._waiting and self._free_rows and budget:
             request = self._waiting.peek()
@@ -311,8 +310,7 @@ class Scheduler:
     def _commit(
         self, request: Request, num_tokens: int, tables: PageTables, *, is_admitted: bool
     ) -> ScheduledRequest:
-        """Count the tokens as computed: the step that computes them is dispatched before any other
-        is planned."""
+        """Count the tokens as computed: their step is dispatched before another is planned."""
         start = request.num_computed_tokens
         end = request.num_computed_tokens = start + num_tokens
         samples = end == len(request.token_ids) + request.num_pending_tokens
