@@ -27,8 +27,7 @@ def build_forward(
         positions_T = jnp.arange(T, dtype=jnp.int32)
         table_SM = jnp.arange(1, num_pages + 1, dtype=jnp.int32)[None, :]
         slots_T = jnp.where(positions_T < num_tokens, positions_T + page_size, -1)
-        # A text that is given whole needs no state from before and leaves none.
-        no_slots_2S = jnp.full((2, 1), -1, jnp.int32)
+        first_slots_2S = jnp.array([[-1], [1]], jnp.int32)  # from no state to that of page 1
         metadata = AttentionMetadata(
             positions=positions_T,
             seq_ids=jnp.zeros_like(positions_T),
@@ -37,10 +36,10 @@ def build_forward(
             num_tokens=num_tokens,
             num_seqs=jnp.int32(1),
             page_tables=(table_SM,) * len(groups),
-            slots=tuple(no_slots_2S if group.spec.is_state else slots_T for group in groups),
+            slots=tuple(first_slots_2S if group.spec.is_state else slots_T for group in groups),
             group_of_layer=spec.group_of_layer,
         )
-        num_used = [1 if group.spec.is_state else num_pages + 1 for group in groups]
+        num_used = [2 if group.spec.is_state else num_pages + 1 for group in groups]
         kv = tuple(
             jnp.zeros((num_used[g], *groups[g].page_shape), jnp.dtype(groups[g].spec.dtype))
             for g in spec.group_of_layer

@@ -3,9 +3,9 @@ remember, over ragged sequences whose states lie in slots.
 
 A slot is one row of `states [P, E]`, float32: the matrices [N, H, V] of the delta rule, then the
 last W - 1 inputs [W - 1, C] of the convolution. `slots[0]` says where a sequence's state is read
-(negative: it begins, and its state is zero), `slots[1]` where it is left (negative: nowhere); no
-two sequences leave theirs in one slot, and none reads where another writes. Nothing else is read or
-written: unused slots may hold NaN. Both operations consume `states`.
+(negative: it begins, and its state is zero), `slots[1]` where it is left (negative exactly if it
+has no tokens); no two sequences leave theirs in one slot, and none reads where another writes.
+Nothing else is read or written: unused slots may hold NaN. Both operations consume `states`.
 
 Sequence `s` owns tokens `cu_q_lens[s]:cu_q_lens[s + 1]`. Rows past the last token are finite,
 otherwise unspecified. The bits of a row depend on its own sequence, its state and how it was cut

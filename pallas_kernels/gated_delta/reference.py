@@ -85,7 +85,8 @@ def loop(
         out_CNV, state = turn(num_tokens)(pieces, state)
         # The rows past the end belong to later sequences, which overwrite them.
         out_TNV = lax.dynamic_update_slice_in_dim(out_TNV, out_CNV, start, axis=0)
-        return out_TNV, _leave(states_PE, slots_2S[1, s], state.reshape(1, -1))
+        at = (slots_2S[1, s], 0)
+        return out_TNV, lax.dynamic_update_slice(states_PE, state.reshape(1, -1), at)
 
     out_TNV = jnp.zeros((T + size, N, V), jnp.float32)
     out_TNV, states_PE = lax.fori_loop(0, stops_S[-1], body, (out_TNV, states_PE))
@@ -183,10 +184,3 @@ def write(states_PE: jax.Array, slots_S: jax.Array, first: int, rows_SE: jax.Arr
     at_S = jnp.where(slots_S >= 0, slots_S, P + jnp.arange(S, dtype=jnp.int32))
     columns = slice(first, first + rows_SE.shape[1])
     return states_PE.at[at_S, columns].set(rows_SE, mode="drop", unique_indices=True)
-
-
-def _leave(states_PE: jax.Array, slot: jax.Array, row_1E: jax.Array) -> jax.Array:
-    """One state into its slot, or nowhere."""
-    at = (jnp.maximum(slot, 0), 0)
-    old_1E = lax.dynamic_slice(states_PE, at, row_1E.shape)
-    return lax.dynamic_update_slice(states_PE, jnp.where(slot >= 0, row_1E, old_1E), at)
