@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 from jengine.core.page_pool import NULL_PAGE, IntegrityError, PagePool
 from jengine.core.prefix_cache import PageHasher, PrefixCache
-from jengine.kv_spec import KVGroup
+from jengine.kv_spec import MAX_LIVE_STATES, KVGroup
 from jengine.request import Request
 
 PageTables = tuple[list[int], ...]
@@ -119,6 +119,11 @@ class KVManager:
     def admit(self, request: Request, hit: PrefixHit, max_chunk: int) -> bool:
         """Take the hit's pages if all tokens of the request, in chunks of `max_chunk`, fit now."""
         num_new_tokens = request.num_tokens - hit.num_tokens
+        # Requests that began together pass a page's end together, again and again: each must find
+        # its second state then, or they would preempt each other for ever.
+        num_states = (len(self._held) + 1) * MAX_LIVE_STATES
+        if self._held and any(num_states > g.pool.num_usable for _, g in self._states):
+            return False
         for group, pages in zip(self._groups, hit.pages, strict=True):
             # Cached pages of the hit count as free until it takes them, so they are needed too:
             # all of them besides the new ones, or fewer where a window leaves them behind.
