@@ -63,7 +63,7 @@ class GatedDeltaNet(nnx.Module):
         self.in_proj_qkvz = Linear(dim, delta.conv_dim + values, ("heads", "embed"), dtype)
         self.in_proj_ba = Linear(dim, 2 * N, ("heads", "embed"), dtype)
         self.conv1d = param((delta.conv_dim, delta.conv_kernel_dim), ("heads", None), dtype)
-        self.A_log = param((N,), ("heads",), "float32", init="zeros")
+        self.decay = param((N,), ("heads",), "float32", init="ones")
         self.dt_bias = param((N,), ("heads",), "float32", init="ones")
         self.norm = RMSNorm(delta.value_head_dim, norm_eps, "float32", axis="head_dim")
         self.out_proj = Linear(values, dim, ("embed", "heads"), dtype)
@@ -84,9 +84,9 @@ class GatedDeltaNet(nnx.Module):
         qkv_TC, states_PE = short_conv(
             qkv_TC, self.conv1d[...], states_PE, slots_2S, metadata.seq_ids, metadata.cu_q_lens
         )
-        q_TF, k_TF, v_TF = jnp.split(
-            jax.nn.silu(qkv_TC), (delta.key_dim, 2 * delta.key_dim), axis=1
-        )
+        # Without the barrier XLA:CPU fuses the exponential with the norms of some shapes only.
+        qkv_TC = jax.lax.optimization_barrier(jax.nn.silu(qkv_TC))
+        q_TF, k_TF, v_TF = jnp.split(qkv_TC, (delta.key_dim, 2 * delta.key_dim), axis=1)
         H = delta.key_head_dim
         log_decay_TN, beta_TN = self.rates(x_TD, num_tokens)
         out_TNV, states_PE = gated_delta(
@@ -112,7 +112,7 @@ class GatedDeltaNet(nnx.Module):
         )
         b_TN, a_TN = jnp.split(ba_TX, 2, axis=1)
         speed_TN = jax.nn.softplus(a_TN + self.dt_bias[...][None, :])
-        return -jnp.exp(self.A_log[...])[None, :] * speed_TN, jax.nn.sigmoid(b_TN)
+        return -self.decay[...][None, :] * speed_TN, jax.nn.sigmoid(b_TN)
 
 
 def unit_heads(x_TF: jax.Array, head_dim: int, num_tokens: jax.Array) -> jax.Array:

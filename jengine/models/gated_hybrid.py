@@ -144,11 +144,16 @@ def hybrid_rules(cfg: DecoderConfig, delta: DeltaConfig) -> list[WeightRule]:
             transform=lambda weight: weight[:, 0],
             transformed=(C, W),
         ),
-        WeightRule(theirs + "A_log", MIXER + "A_log", (N,)),
+        # Once at load, and XLA:CPU's exponential of a few values depends on what it is fused with.
+        WeightRule(theirs + "A_log", MIXER + "decay", (N,), transform=exponential),
         WeightRule(theirs + "dt_bias", MIXER + "dt_bias", (N,)),
         weight_rule(theirs + "norm", MIXER + "norm", delta.value_head_dim),
         *linear_rules(theirs + "out_proj", MIXER + "out_proj", D, delta.value_dim, bias=False),
     ]
+
+
+def exponential(weight: np.ndarray) -> np.ndarray:
+    return np.exp(weight.astype(np.float32))
 
 
 def gated_attention_rules(cfg: DecoderConfig) -> list[WeightRule]:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.oracles.driver import Driver
 from tests.oracles.tiny_llama import make_tiny_llama
 
 pytest.importorskip("torch")
@@ -97,6 +98,23 @@ def test_logits_and_experts_match_transformers(
     unseen = [n for n, e in changed if np.abs(results[0] - e).max() <= 10 * TOLERANCE]
     assert not unseen
     check_bfloat16(driver.loaded.checkpoint.hf_config)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bits_do_not_depend_on_the_bucket(name: str, tmp_path: Path) -> None:
+    """The same cuts in steps of other shapes, a lone decode among them."""
+    hf_model = make_tiny_llama(tmp_path, **CASES[name])
+    cuts = [40, 33, 1, 1, 1, 30] + [1] * 10
+    hidden = []
+    for tokens_bucket, seqs in ((40, 1), (64, 3), (151, 8)):
+        driver = Driver(
+            tmp_path, max_model_len=128, num_pages=32, max_num_seqs=seqs,
+            prefill_buckets=(tokens_bucket,), decode_buckets=(seqs,),
+            max_num_batched_tokens=tokens_bucket,
+        )  # fmt: skip
+        driver.logits(tokens(hf_model, sum(cuts)), cuts)
+        hidden.append(driver.hidden)
+    assert all(np.array_equal(h, hidden[0]) for h in hidden)
 
 
 @torch.no_grad()
