@@ -2,6 +2,7 @@
 reading such a file and reading the whole one that transformers writes for it are the same.
 """
 
+import fnmatch
 from typing import Any
 
 import pytest
@@ -135,3 +136,11 @@ def read(model_class: Any, hf: dict[str, Any]) -> Any:
     return model_class.config_class.from_hf(
         hf, dtype="float32", kv_dtype="float32", max_model_len=8192
     )
+
+
+@pytest.mark.parametrize("family", ["Qwen3Next", "Qwen3_5", "Qwen3_5Moe"])
+def test_layers_that_predict_further_tokens_are_left_out(family: str) -> None:
+    _, model_class = resolve_architecture({"architectures": [f"{family}ForCausalLM"]})
+    ignored = model_class.weight_table(read(model_class, SAID), "hf").ignored
+    for name, is_ignored in (("mtp.layers.0.mlp.gate.weight", True), ("model.norm.weight", False)):
+        assert any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored) == is_ignored
