@@ -241,6 +241,7 @@ def _plan_pages(
             is_planned=device_memory.is_planned,
             max_model_len=model.max_model_len,
             max_chunk=config.scheduler.max_num_batched_tokens,
+            max_num_seqs=config.scheduler.max_num_seqs,
         )
 
     is_given = config.cache.num_pages or config.cache.kv_cache_memory_bytes
