@@ -4,7 +4,6 @@ from functools import partial
 from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
