@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
-from jengine.pallas_kernels.linear.reference import sum_of_parts
 from jengine.pallas_kernels.platform import require_cuda
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
@@ -60,33 +59,6 @@ def down_tiling(rows: int, num_pairs: int, depth: int, itemsize: int) -> Tiling:
     if rows > 32 or depth % 128:
         return Tiling(rows, 64, 64, Schedule(4, 5))
     return Tiling(rows, 64, 128, Schedule(4, 4))
-
-
-def expert_mlp(
-    x_TD: jax.Array,
-    expert_ids_Tk: jax.Array,
-    weights_Tk: jax.Array,
-    gate_up_EFD: jax.Array,
-    down_EDF: jax.Array,
-    *,
-    num_tokens: jax.Array,
-    gate_up_bias_EF: jax.Array | None = None,
-    down_bias_ED: jax.Array | None = None,
-    activation: ClampedSwiGLU | None = None,
-) -> jax.Array:
-    parts_kTD = expert_parts(
-        x_TD,
-        expert_ids_Tk,
-        weights_Tk,
-        gate_up_EFD,
-        down_EDF,
-        num_tokens=num_tokens,
-        gate_up_bias_EF=gate_up_bias_EF,
-        down_bias_ED=down_bias_ED,
-        activation=activation,
-    )
-    is_real_T1 = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None] < num_tokens
-    return jnp.where(is_real_T1, sum_of_parts(parts_kTD, x_TD.dtype), 0)
 
 
 def expert_parts(
