@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jengine.pallas_kernels import native
-from jengine.pallas_kernels.grouped_matmul import expert_mlp
+from jengine.pallas_kernels.grouped_matmul import expert_parts
 from jengine.pallas_kernels.grouped_matmul.cases import Case
 
 
@@ -60,7 +60,7 @@ def measure(shape: Case, tokens: int, repeats: int) -> list[dict[str, float]]:
     counts.append(min(E, tokens * k))
     x, _, weights, gate_up, down = Case(tokens, k, E, shape.embed, shape.mlp).build()
     x, gate_up, down = (jnp.asarray(a, shape.dtype) for a in (x, gate_up, down))
-    call = jax.jit(expert_mlp)
+    call = jax.jit(expert_parts)
     num_tokens = jnp.int32(tokens)
 
     def run(touched: int) -> Callable[[], jax.Array]:

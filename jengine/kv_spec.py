@@ -1,4 +1,4 @@
-"""What one layer stores per token, and which layers share page tables. Pure data: no jax, no
+"""What one layer stores for a request, and which layers share page tables. Pure data: no jax, no
 ownership.
 
 Layers declare a `KVSpec`; layers with equal specs form a `KVGroup`; a request holds one page table
@@ -17,17 +17,24 @@ class KVKind(StrEnum):
     SLIDING_WINDOW = "sliding_window"  # only the last `window` tokens are read
     MLA = "mla"  # every token keeps one latent entry, which all heads read as key and value, and
     # beside it an index key where attention is sparse
+    STATE = "state"  # one entry of fixed size stands for all tokens so far (linear attention)
+
+
+STATE_LOOKBACK = 2  # a token starts from the state that the one before it left
+MAX_LIVE_STATES = 2  # of a request: the one that its step reads, and the one that it leaves
 
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
-    """State of one attention layer: `entry_shape` elements of `dtype` for each token.
+    """What one attention layer stores: `entry_shape` elements of `dtype` for each token, or for
+    each page if the kind is STATE: the state after the newest token of that page at which a step
+    ended.
 
     `window` counts the tokens a query may read, itself included (Hugging Face `sliding_window`).
     """
 
     kind: KVKind
-    entry_shape: tuple[int, ...]  # (2, K, H) for keys and values; (E,) for a latent
+    entry_shape: tuple[int, ...]  # (2, K, H) for keys and values; (E,) for a latent or a state
     dtype: str
     itemsize: int
     window: int | None = None
@@ -39,7 +46,16 @@ class KVSpec:
             raise ValueError(f"window must be >= 1, got {self.window}")
 
     @property
-    def bytes_per_token(self) -> int:
+    def is_state(self) -> bool:
+        return self.kind is KVKind.STATE
+
+    @property
+    def lookback(self) -> int | None:
+        """Tokens whose pages a query reads, itself included; None: all."""
+        return STATE_LOOKBACK if self.is_state else self.window
+
+    @property
+    def bytes_per_entry(self) -> int:
         size = self.itemsize
         for n in self.entry_shape:
             size *= n
@@ -55,15 +71,24 @@ class KVGroup:
     page_size: int
 
     @property
+    def page_shape(self) -> tuple[int, ...]:
+        """Of one page, in one layer."""
+        shape = self.spec.entry_shape
+        return shape if self.spec.is_state else (self.page_size, *shape)
+
+    @property
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers of the group."""
-        return self.spec.bytes_per_token * self.page_size * len(self.layers)
+        entries = 1 if self.spec.is_state else self.page_size
+        return self.spec.bytes_per_entry * entries * len(self.layers)
 
     def max_pages(self, num_tokens: int, max_chunk: int) -> int:
         """Most pages one request of `num_tokens` holds at once when at most `max_chunk` tokens run
         in a step.
         """
         pages = -(-num_tokens // self.page_size)
+        if self.spec.is_state:
+            return min(pages, MAX_LIVE_STATES)
         if self.spec.window is None:
             return pages
         live = self.spec.window - 1 + max_chunk
@@ -71,8 +96,11 @@ class KVGroup:
 
 
 def build_groups(specs: Sequence[KVSpec], page_size: int) -> tuple[KVGroup, ...]:
-    """Group the layers of a model by equal spec, in order of first appearance."""
+    """Group the layers of a model by equal spec, in order of first appearance, states last: the
+    first group's pages are what a number of pages counts.
+    """
     layers_of: dict[KVSpec, list[int]] = {}
     for layer, spec in enumerate(specs):
         layers_of.setdefault(spec, []).append(layer)
-    return tuple(KVGroup(spec, tuple(layers), page_size) for spec, layers in layers_of.items())
+    ordered = sorted(layers_of.items(), key=lambda item: item[0].is_state)
+    return tuple(KVGroup(spec, tuple(layers), page_size) for spec, layers in ordered)

@@ -19,12 +19,13 @@ class AttentionMetadata:
     """Where a step's packed tokens belong. One page table and one slot mapping per KV group."""
 
     positions: jax.Array  # i32[T]
+    seq_ids: jax.Array  # i32[T]; of padding any
     cu_q_lens: jax.Array  # i32[S+1]; sequence s owns tokens cu_q_lens[s]:cu_q_lens[s+1]
     kv_lens: jax.Array  # i32[S]; context length after this step
     num_tokens: jax.Array  # i32[]; real tokens, the rest is padding
     num_seqs: jax.Array  # i32[]
     page_tables: tuple[jax.Array, ...]  # per group, i32[S, pages_per_seq]
-    slots: tuple[jax.Array, ...]  # per group, i32[T]; negative: nowhere
+    slots: tuple[jax.Array, ...]  # per group, i32[T], of states i32[2, S]; negative: nowhere
     group_of_layer: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     is_decode: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -88,3 +89,16 @@ def slot_mapping(
     pages = page_table_SM[seq_ids_T, positions_T // page_size]
     is_real = jnp.arange(positions_T.shape[0], dtype=jnp.int32) < num_tokens
     return jnp.where(is_real, pages * page_size + positions_T % page_size, -1)
+
+
+def state_slots(
+    page_table_SM: jax.Array, cu_q_lens_S1: jax.Array, kv_lens_S: jax.Array, page_size: int
+) -> jax.Array:
+    """i32[2, S]: the page that each sequence's state is read from, -1 at its beginning, and the one
+    where it is left; -1 for both without tokens.
+    """
+    lens_S = cu_q_lens_S1[1:] - cu_q_lens_S1[:-1]
+    ends_2S = jnp.stack([kv_lens_S - lens_S, kv_lens_S])
+    seqs_2S = jnp.broadcast_to(jnp.arange(kv_lens_S.shape[0], dtype=jnp.int32), ends_2S.shape)
+    pages_2S = page_table_SM[seqs_2S, jnp.maximum(ends_2S - 1, 0) // page_size]
+    return jnp.where((ends_2S > 0) & (lens_S > 0)[None, :], pages_2S, -1)

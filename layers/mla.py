@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): the cache holds one latent a token.
 
-Absorbed throughout: a head's key is `up_k @ latent`, so its query times `up_k` attends to latents
-directly, and `up_v` expands what it found. Nothing is expanded token by token.
+A head's key is `up_k @ latent`, its value `up_v @ latent`; whether these are formed, or queries and
+results multiplied instead, is the operation's affair (`latent_attention`).
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,8 @@ from jengine.layers.attention import AttentionMetadata
 from jengine.layers.linear import Linear
 from jengine.layers.norm import RMSNorm
 from jengine.layers.param import param
+from jengine.pallas_kernels.latent_attention.api import latent_attention
 from jengine.pallas_kernels.latent_write.api import latent_write
-from jengine.pallas_kernels.linear_heads.api import linear_heads
-from jengine.pallas_kernels.mla_attention.api import mla_attention
 from jengine.pallas_kernels.rotate_and_write.reference import rotate
 
 NORM_EPS = 1e-6  # of the norms of latents, whatever config.json says of the others
@@ -84,21 +83,23 @@ class LatentAttention(nnx.Module):
         group = metadata.group_of_layer[self.layer]
         rows = self.qkv_a_proj(x_TD, num_tokens)
         latent = self.query_latent(rows[:, : self.q_rows], num_tokens)
-        q_TNE = self.queries(latent, num_tokens, rotation)
         entries_TE = self.entries(rows[:, self.q_rows :], num_tokens, rotation)
         pages_PBE = latent_write(pages_PBE, entries_TE, metadata.slots[group], num_tokens)
-        out_TNC = mla_attention(
-            q_TNE,
+        out_TNV = latent_attention(
+            self.queries(latent, num_tokens, rotation),
+            entries_TE,
             pages_PBE,
+            self.up_k[...],
+            self.up_v[...],
             metadata.page_tables[group],
             metadata.cu_q_lens,
             metadata.kv_lens,
             metadata.num_seqs,
-            value_dim=self.mla.kv_lora_rank,
+            num_tokens,
             scale=self.scale,
             is_decode=metadata.is_decode,
         )
-        return self.output(out_TNC, num_tokens), pages_PBE
+        return self.output(out_TNV, num_tokens), pages_PBE
 
     def query_latent(self, rows: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """What queries are projected from; themselves where they have no latent."""
@@ -107,13 +108,12 @@ class LatentAttention(nnx.Module):
     def queries(
         self, rows: jax.Array, num_tokens: jax.Array, rotation: tuple[jax.Array, jax.Array]
     ) -> jax.Array:
-        """[T, N, E], to be compared with entries; of what `query_latent` gave."""
+        """[T, N, H], the last part rotated; of what `query_latent` gave."""
         if self.q_b_proj is not None:
             rows = self.q_b_proj(rows, num_tokens)
         q_TNH = rows.reshape(rows.shape[0], -1, self.mla.qk_head_dim)
         q_TNP, q_TNR = jnp.split(q_TNH, (self.mla.qk_nope_head_dim,), axis=-1)
-        q_TNC = linear_heads(q_TNP, self.up_k[...], num_tokens=num_tokens)
-        return jnp.concatenate([q_TNC, rotate(q_TNR, *rotation)], axis=-1)
+        return jnp.concatenate([q_TNP, rotate(q_TNR, *rotation)], axis=-1)
 
     def entries(
         self, rows: jax.Array, num_tokens: jax.Array, rotation: tuple[jax.Array, jax.Array]
@@ -123,7 +123,6 @@ class LatentAttention(nnx.Module):
         key_TR = rotate(key_TR[:, None], *rotation)[:, 0]
         return jnp.concatenate([self.kv_a_layernorm(latent_TC, num_tokens), key_TR], axis=-1)
 
-    def output(self, out_TNC: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        """[P, T, D]: summands of the result, of what each head found among the latents."""
-        out_TNV = linear_heads(out_TNC, self.up_v[...], num_tokens=num_tokens)
+    def output(self, out_TNV: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """[P, T, D]: summands of the result, of what each head found."""
         return self.o_proj.parts(out_TNV.reshape(out_TNV.shape[0], -1), num_tokens)

@@ -6,8 +6,8 @@ from flax import nnx
 
 from jengine.layers.param import param
 from jengine.pallas_kernels.add_rms_norm.api import add_rms_norm
+from jengine.pallas_kernels.add_rms_norm.reference import add_parts
 from jengine.pallas_kernels.linear.api import linear
-from jengine.pallas_kernels.linear.reference import sum_of_parts
 from jengine.pallas_kernels.rms_norm.api import rms_norm
 
 MIN_COLUMNS = 8  # of a product that sums rows: see `rms_norm/reference.py`
@@ -50,7 +50,7 @@ class WideRMSNorm(RMSNorm):
         self, x_TD: jax.Array, added_PTD: jax.Array | None, num_tokens: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         if added_PTD is not None:
-            x_TD = x_TD + sum_of_parts(added_PTD, x_TD.dtype)
+            x_TD = add_parts(x_TD, added_PTD, num_tokens)
         return x_TD, self(x_TD, num_tokens)
 
 

@@ -15,7 +15,9 @@ from jengine.layers.attention import AttentionMetadata
 from jengine.layers.linear import Linear
 from jengine.layers.mla import LatentAttention, MLAConfig
 from jengine.layers.norm import BiasedLayerNorm
+from jengine.pallas_kernels.latent_attention.reference import absorb
 from jengine.pallas_kernels.latent_write.api import latent_write
+from jengine.pallas_kernels.linear_heads.api import linear_heads
 from jengine.pallas_kernels.rotate_and_write.reference import rotate
 from jengine.pallas_kernels.select_tokens.api import select_tokens
 from jengine.pallas_kernels.sparse_mla_attention.api import sparse_mla_attention
@@ -119,11 +121,12 @@ class SparseLatentAttention(LatentAttention):
         )
         slots_Tk = self.indexer.select(x_TD, latent_TR, pages_PBE, metadata, rotation, group)
         out_TNC = sparse_mla_attention(
-            self.queries(latent_TR, num_tokens, rotation),
+            absorb(self.queries(latent_TR, num_tokens, rotation), self.up_k[...], num_tokens),
             pages_PBE,
             slots_Tk,
             num_tokens,
             value_dim=self.mla.kv_lora_rank,
             scale=self.scale,
         )
-        return self.output(out_TNC, num_tokens), pages_PBE
+        out_TNV = linear_heads(out_TNC, self.up_v[...], num_tokens=num_tokens)
+        return self.output(out_TNV, num_tokens), pages_PBE

@@ -77,10 +77,11 @@ def to_structured_outputs(params: pb.SamplingParams) -> StructuredOutputsParams 
     kind = params.WhichOneof("constraint")
     if kind is None or (kind == "json_object" and not params.json_object):
         return None
-    if kind == "choice":
-        return StructuredOutputsParams(choice=list(params.choice.choices))
-    name = "json" if kind == "json_schema" else kind
-    return StructuredOutputsParams(**{name: getattr(params, kind)})
+    value = list(params.choice.choices) if kind == "choice" else getattr(params, kind)
+    try:
+        return StructuredOutputsParams(**{"json" if kind == "json_schema" else kind: value})
+    except InvalidRequestError as error:
+        raise InvalidRequestError(constraint_field(params), error.message) from None
 
 
 class ResponseBuilder:

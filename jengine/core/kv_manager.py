@@ -9,6 +9,13 @@ Who owns which pages of a request, in one group, while the step over tokens [sta
 
 Shared pages are full and full pages are not written, so nothing is ever copied on write.
 
+Groups of states are paged too. Entry i of such a table is the state after the newest token of page
+i at which a step ended, so a step reads the page of the token before it, as a window of two would,
+and leaves its state in that of its last token; pages that it passes stay null. What a full page
+holds, if a step ended just there, is a snapshot: whoever begins with these tokens goes on from it.
+It becomes findable when its owner lets it go. Until then it is the owner's alone, since, other than
+keys, a state is not there before its step has run.
+
 Pages change hands on the host when a step is *planned*, while older steps may still run. That is
 safe because the device executes steps in the order of their dispatch: whatever an older step reads
 or writes in a page happens before a newer step, planned for the page's next owner, touches it.
@@ -21,7 +28,7 @@ from dataclasses import dataclass, field
 
 from jengine.core.page_pool import NULL_PAGE, IntegrityError, PagePool
 from jengine.core.prefix_cache import PageHasher, PrefixCache
-from jengine.kv_spec import KVGroup
+from jengine.kv_spec import MAX_LIVE_STATES, KVGroup
 from jengine.request import Request
 
 PageTables = tuple[list[int], ...]
@@ -42,6 +49,7 @@ class _Held:
     page_tables: PageTables
     num_registered: int  # leading pages that need no more registering
     first_live: list[int] = field(default_factory=list)  # per group: pages before it are null
+    snapshots: set[int] = field(default_factory=set)  # pages at whose end a step ended
 
 
 class KVManager:
@@ -63,6 +71,7 @@ class KVManager:
         self.enable_prefix_caching = enable_prefix_caching
         self._groups = tuple(_Group(g, n) for g, n in zip(groups, num_pages, strict=True))
         self._windows = tuple((i, g) for i, g in enumerate(self._groups) if g.window is not None)
+        self._states = tuple((i, g) for i, g in self._windows if g.is_state)
         self._hasher = PageHasher(self.page_size, fingerprint)
         self._held: dict[str, _Held] = {}
         self._chains: dict[str, list[bytes]] = {}  # digests, of waiting requests too
@@ -110,6 +119,11 @@ class KVManager:
     def admit(self, request: Request, hit: PrefixHit, max_chunk: int) -> bool:
         """Take the hit's pages if all tokens of the request, in chunks of `max_chunk`, fit now."""
         num_new_tokens = request.num_tokens - hit.num_tokens
+        # Requests that began together pass a page's end together, again and again: each must find
+        # its second state then, or they would preempt each other for ever.
+        num_states = (len(self._held) + 1) * MAX_LIVE_STATES
+        if self._held and any(num_states > g.pool.num_usable for _, g in self._states):
+            return False
         for group, pages in zip(self._groups, hit.pages, strict=True):
             # Cached pages of the hit count as free until it takes them, so they are needed too:
             # all of them besides the new ones, or fewer where a window leaves them behind.
@@ -131,9 +145,12 @@ class KVManager:
         )
         return True
 
-    def allocate(self, request: Request, num_new_tokens: int) -> PageTables | None:
+    def allocate(
+        self, request: Request, num_new_tokens: int, num_steps: int = 1
+    ) -> PageTables | None:
         """Pages for the next `num_new_tokens` tokens: the request's live tables, or None if a group
-        has too few. The caller must schedule exactly these tokens in the step it plans.
+        has too few. The caller must schedule exactly these tokens in the step it plans, or one in
+        each of `num_steps` steps.
 
         Full pages are registered now, before the step runs, as soon as the host knows their tokens:
         a twin admitted into the same step shares them, because in each layer the keys and values of
@@ -144,21 +161,37 @@ class KVManager:
         start = request.num_computed_tokens
         end = start + num_new_tokens
         for index, group in self._windows:
-            self._release_unread(held, index, group.first_page_read(start))
+            first = min(start, len(request.token_ids)) if group.is_state else start
+            self._release_unread(request, held, index, group.first_page_read(first))
         tables = held.page_tables
         page_size = self.page_size
         if end > len(tables[0]) * page_size:
             num_new_pages = -(-end // page_size) - len(tables[0])
-            if any(group.pool.num_free < num_new_pages for group in self._groups):
-                return None
-            for group, table in zip(self._groups, tables, strict=True):
-                table.extend(group.pool.allocate(num_new_pages))
+            num_fresh = [group.num_fresh(num_new_pages, num_steps) for group in self._groups]
+            if not self._have_free(num_fresh):
+                # Snapshots that are kept only until the host knows their tokens give way.
+                for index, group in self._states:
+                    self._release_unread(request, held, index, group.first_page_read(start))
+                if not self._have_free(num_fresh):
+                    return None
+            for group, table, num in zip(self._groups, tables, num_fresh, strict=True):
+                table += [NULL_PAGE] * (num_new_pages - num)
+                table += group.pool.allocate(num)
+        if self._states:
+            ends = range(start + 1, end + 1) if num_steps > 1 else (end,)
+            held.snapshots.update(e // page_size - 1 for e in ends if e % page_size == 0)
         if (
             self.enable_prefix_caching
             and min(end, len(request.token_ids)) // page_size > held.num_registered
         ):
             self._register(request, held, end)
         return tables
+
+    def cut_chunk(self, start: int, num_tokens: int) -> int:
+        """How many of `num_tokens` to compute where a prompt has to be cut anyway: with states, up
+        to the end of a page, so that the state can be found again."""
+        end = (start + num_tokens) // self.page_size * self.page_size
+        return end - start if self._states and end > start else num_tokens
 
     def has_room_ahead(self, num_requests: int, num_tokens: int) -> bool:
         """Whether so many requests can be given `num_tokens` more tokens each, whatever pages they
@@ -176,9 +209,8 @@ class KVManager:
         if held is not None:
             self._register(request, held, request.num_computed_tokens)
             for group, table in zip(self._groups, held.page_tables, strict=True):
-                for page in reversed(table):
-                    if page != NULL_PAGE:
-                        group.pool.release(page)
+                for index in reversed(range(len(table))):
+                    self._release(request, held, group, table, index)
         self._chains.pop(request.request_id, None)
 
     def discard(self, request: Request) -> None:
@@ -212,6 +244,8 @@ class KVManager:
             for held in self._held.values():
                 table = held.page_tables[index]
                 live = table[held.first_live[index] :]
+                if group.is_state:  # null where no step ended, so not at the end
+                    live = [page for page in live[:-1] if page != NULL_PAGE] + live[-1:]
                 if len(table) != len(held.page_tables[0]) or len(set(live)) != len(live):
                     raise IntegrityError("a page is twice in one table, or tables differ in length")
                 if NULL_PAGE in live or any(table[: held.first_live[index]]):
@@ -220,15 +254,32 @@ class KVManager:
             group.cache.check_integrity()
             group.pool.check_integrity(num_holders, group.cache.pages)
 
-    def _release_unread(self, held: _Held, index: int, first_read: int) -> None:
+    def _have_free(self, num_pages: Sequence[int]) -> bool:
+        """Of each group."""
+        return all(g.pool.num_free >= n for g, n in zip(self._groups, num_pages, strict=True))
+
+    def _release_unread(self, request: Request, held: _Held, index: int, first_read: int) -> None:
         """Release pages that no query of this step or a later one reads."""
         first_live = held.first_live[index]
         if first_read > first_live:
             table = held.page_tables[index]
             for i in range(first_live, first_read):
-                self._groups[index].pool.release(table[i])
+                self._release(request, held, self._groups[index], table, i)
                 table[i] = NULL_PAGE
             held.first_live[index] = first_read
+
+    def _release(
+        self, request: Request, held: _Held, group: "_Group", table: list[int], index: int
+    ) -> None:
+        """Of the page in the table, if it is not null; a snapshot becomes findable."""
+        page = table[index]
+        if page == NULL_PAGE:
+            return
+        if group.is_state and self.enable_prefix_caching and index in held.snapshots:
+            num_tokens = (index + 1) * self.page_size
+            if num_tokens <= min(request.num_computed_tokens, request.num_tokens):
+                group.register(self._extend_chain(request, index + 1)[index + 1], page)
+        group.pool.release(page)
 
     def _register(self, request: Request, held: _Held, num_written: int) -> None:
         """Make pages findable that are full, written by then, and whose tokens the host knows."""
@@ -238,7 +289,7 @@ class KVManager:
         chain = self._extend_chain(request, num_full)
         for index in range(held.num_registered, num_full):
             for group, table in zip(self._groups, held.page_tables, strict=True):
-                if table[index] != NULL_PAGE:
+                if table[index] != NULL_PAGE and not group.is_state:
                     group.register(chain[index + 1], table[index])
         held.num_registered = num_full
 
@@ -255,9 +306,14 @@ class _Group:
 
     def __init__(self, spec: KVGroup, num_pages: int) -> None:
         self.spec = spec
-        self.window = spec.spec.window
+        self.window = spec.spec.lookback
+        self.is_state = spec.spec.is_state
         self.cache = PrefixCache()
         self.pool = PagePool(num_pages, on_evict=self.cache.forget)
+
+    def num_fresh(self, num_new_pages: int, num_steps: int) -> int:
+        """How many of the pages by which a table grows are real: a step leaves one state."""
+        return min(num_new_pages, num_steps) if self.is_state else num_new_pages
 
     def first_page_read(self, position: int) -> int:
         """The first page that queries at `position` and later read."""

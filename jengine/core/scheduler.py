@@ -11,12 +11,7 @@ from jengine.core.held import HeldRequests
 from jengine.core.kv_manager import KVManager, PageTables
 from jengine.core.limits import check_fits, finish_reason, max_num_tokens, num_decodes_ahead
 from jengine.core.page_pool import IntegrityError
-from jengine.core.plan import (
-    RequestUpdate,
-    ScheduledRequest,
-    StepPlan,
-    StepResult,
-)
+from jengine.core.plan import RequestUpdate, ScheduledRequest, StepPlan, StepResult
 from jengine.core.prompt_logprobs import PromptLogprobs
 from jengine.core.queue import build_queue, precedence
 from jengine.core.stats import SchedulerStats
@@ -213,7 +208,7 @@ class Scheduler:
         for request in self._running:
             if not self._num_wanted_tokens(request):
                 continue
-            tables = self._kv.allocate(request, num_steps)
+            tables = self._kv.allocate(request, num_steps, num_steps)
             if tables is None:
                 raise IntegrityError("there is no room for the steps planned ahead")
             start = request.num_computed_tokens
@@ -239,6 +234,7 @@ class Scheduler:
             num_tokens = min(wanted, budget - (len(running) - index - 1))
             if num_tokens < wanted:
                 all_served = False
+                num_tokens = self._kv.cut_chunk(request.num_computed_tokens, num_tokens)
             if num_tokens:
                 tables = self._allocate_by_preempting(request, num_tokens)
                 if tables is None:
@@ -249,8 +245,7 @@ class Scheduler:
         return budget, all_served and num_preemptions == self._stats.num_preemptions
 
     def _schedule_waiting(self, scheduled: list[ScheduledRequest], budget: int) -> int:
-        """Admit from the queue's head; nobody overtakes a head that has to wait. Returns the budget
-        left."""
+        """Admit from the head; nobody overtakes one that has to wait. Returns the budget left."""
         max_chunk = self._config.max_num_batched_tokens
         while self._waiting and self._free_rows and budget:
             request = self._waiting.peek()
@@ -262,7 +257,9 @@ class Scheduler:
                 break
             self._waiting.pop()
             self._start(request, hit.num_tokens)
-            num_tokens = min(request.num_tokens - hit.num_tokens, budget)
+            num_tokens = request.num_tokens - hit.num_tokens
+            if num_tokens > budget:
+                num_tokens = self._kv.cut_chunk(hit.num_tokens, budget)
             tables = self._kv.allocate(request, num_tokens)
             if tables is None:
                 raise IntegrityError("an admitted request has no pages for its first chunk")
@@ -322,8 +319,7 @@ class Scheduler:
     def _commit(
         self, request: Request, num_tokens: int, tables: PageTables, *, is_admitted: bool
     ) -> ScheduledRequest:
-        """Count the tokens as computed: the step that computes them is dispatched before any other
-        is planned."""
+        """Count the tokens as computed: their step is dispatched before another is planned."""
         start = request.num_computed_tokens
         end = request.num_computed_tokens = start + num_tokens
         samples = end == len(request.token_ids) + request.num_pending_tokens

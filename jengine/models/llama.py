@@ -71,6 +71,17 @@ class LlamaAttention(nnx.Module):
         rotation: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         """(summands of out [P, T, D], pages)."""
+        attended_TF, kv_pages = self.attend(x_TD, kv_pages, metadata, rotation)
+        return self.o_proj.parts(attended_TF, metadata.num_tokens), kv_pages
+
+    def attend(
+        self,
+        x_TD: jax.Array,
+        kv_pages: jax.Array,
+        metadata: AttentionMetadata,
+        rotation: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array]:
+        """(what the heads found, side by side, pages)."""
         T = x_TD.shape[0]
         qkv_PTX = self.project(x_TD, metadata.num_tokens)
         out_TNH, kv_pages = rotary_paged_attention(
@@ -85,7 +96,7 @@ class LlamaAttention(nnx.Module):
             sinks_N=self.sink_logits,
             head_norms=self.head_norms,
         )
-        return self.o_proj.parts(out_TNH.reshape(T, -1), metadata.num_tokens), kv_pages
+        return out_TNH.reshape(T, -1), kv_pages
 
     def project(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """[P, T, X]: summands of the rows of queries, keys and values, side by side."""
@@ -130,10 +141,16 @@ class LlamaMLP(nnx.Module):
 class LlamaDecoderLayer(nnx.Module):
     """Pre-norm residual block around an attention and an MLP of any family."""
 
-    def __init__(self, cfg: DecoderConfig, self_attn: nnx.Module, mlp: nnx.Module) -> None:
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        self_attn: nnx.Module,
+        mlp: nnx.Module,
+        norm_class: type[RMSNorm] = RMSNorm,
+    ) -> None:
+        self.input_layernorm = norm_class(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
         self.self_attn: Any = self_attn
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
+        self.post_attention_layernorm = norm_class(cfg.hidden_size, cfg.rms_norm_eps, cfg.dtype)
         self.mlp: Any = mlp
 
     def __call__(

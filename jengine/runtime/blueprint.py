@@ -34,7 +34,7 @@ from jengine.runtime.aot import (
 )
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.buckets import Bucket, build_buckets, essential_buckets, preparation_order
-from jengine.runtime.decode_steps import choose_max_decode_steps
+from jengine.runtime.decode_steps import bytes_of_one_token, choose_max_decode_steps
 from jengine.runtime.memory import DeviceMemory, ExecutableMemory
 from jengine.runtime.programs import (
     EMPTY,
@@ -121,7 +121,7 @@ def draw_blueprint(
     abstract = abstract_parameters(model.module)
     leaves = tuple(abstract_leaf(info, placement) for info in abstract.values())
     max_steps = config.scheduler.max_decode_steps or choose_max_decode_steps(
-        device.platform, num_bytes(leaves)
+        device.platform, bytes_of_one_token(abstract.values(), model.cfg)
     )
     layouts = {b: _layout(config, model, len(groups), max_steps, b) for b in buckets}
     some = layouts[buckets[0]]
@@ -241,6 +241,7 @@ def _plan_pages(
             is_planned=device_memory.is_planned,
             max_model_len=model.max_model_len,
             max_chunk=config.scheduler.max_num_batched_tokens,
+            max_num_seqs=config.scheduler.max_num_seqs,
         )
 
     is_given = config.cache.num_pages or config.cache.kv_cache_memory_bytes

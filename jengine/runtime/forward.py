@@ -17,6 +17,7 @@ def build_forward(
     Rows past `num_tokens` are padding. The KV pages are local to the call.
     """
     page_size = spec.groups[0].page_size
+    groups = spec.groups
 
     def forward(
         params: tuple[jax.Array, ...], token_ids_T: jax.Array, num_tokens: jax.Array
@@ -26,20 +27,22 @@ def build_forward(
         positions_T = jnp.arange(T, dtype=jnp.int32)
         table_SM = jnp.arange(1, num_pages + 1, dtype=jnp.int32)[None, :]
         slots_T = jnp.where(positions_T < num_tokens, positions_T + page_size, -1)
-        num_groups = len(spec.groups)
+        first_slots_2S = jnp.array([[-1], [1]], jnp.int32)  # from no state to that of page 1
         metadata = AttentionMetadata(
             positions=positions_T,
+            seq_ids=jnp.zeros_like(positions_T),
             cu_q_lens=jnp.stack([jnp.zeros_like(num_tokens), num_tokens]),
             kv_lens=num_tokens[None],
             num_tokens=num_tokens,
             num_seqs=jnp.int32(1),
-            page_tables=(table_SM,) * num_groups,
-            slots=(slots_T,) * num_groups,
+            page_tables=(table_SM,) * len(groups),
+            slots=tuple(first_slots_2S if group.spec.is_state else slots_T for group in groups),
             group_of_layer=spec.group_of_layer,
         )
-        specs = [spec.groups[g].spec for g in spec.group_of_layer]
+        num_used = [2 if group.spec.is_state else num_pages + 1 for group in groups]
         kv = tuple(
-            jnp.zeros((num_pages + 1, page_size, *s.entry_shape), jnp.dtype(s.dtype)) for s in specs
+            jnp.zeros((num_used[g], *groups[g].page_shape), jnp.dtype(groups[g].spec.dtype))
+            for g in spec.group_of_layer
         )
         hidden_TD, _ = spec.model(params)(token_ids_T, kv, metadata)
         return hidden_TD

@@ -15,7 +15,7 @@ import jax
 
 from jengine import jax_compat
 from jengine.config import CacheConfig, device_memory_share, set_device_memory_share
-from jengine.kv_spec import KVGroup
+from jengine.kv_spec import MAX_LIVE_STATES, KVGroup
 
 CPU_KV_BYTES = 1 << 30
 # Of a GPU's memory, what CUDA takes beside XLA's pool: context, code, graphs. 0.8 GB of 80.
@@ -25,6 +25,10 @@ OUTSIDE_SHARE = 0.01
 ROUNDING_BYTES = 256 << 20
 # Kept free in the pool beside the largest parameter: see `reserve_bytes`.
 RESERVE_BYTES = 512 << 20
+# States (of linear attention) planned for each request that may run: it holds two at most, and as
+# many may stay behind to be found again.
+STATES_PER_SEQ = 2 * MAX_LIVE_STATES
+STATES_SHARE = 0.5  # of the cache, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ class MemoryPlan:
     row_state: int
     executables: Mapping[str, ExecutableMemory]
     num_pages: tuple[int, ...]
-    page_size: int
+    groups: tuple[KVGroup, ...]
     device: DeviceMemory
     reserve: int = 0
 
@@ -82,10 +86,13 @@ class MemoryPlan:
 
     def table(self) -> str:
         """For people."""
-        tokens = " + ".join(f"{(n - 1) * self.page_size:,}" for n in self.num_pages)
+        pools = list(zip(self.groups, self.num_pages, strict=True))
+        tokens = [f"{(n - 1) * g.page_size:,}" for g, n in pools if not g.spec.is_state]
+        holds = [f"{' + '.join(tokens)} tokens"] if tokens else []
+        holds += [f"{n - 1:,} states" for g, n in pools if g.spec.is_state]
         rows = [
             ("parameters", self.parameters),
-            (f"KV cache ({tokens} tokens)", self.kv_cache),
+            (f"KV cache ({', '.join(holds)})", self.kv_cache),
             ("per-request state", self.row_state),
             ("step workspace", self.workspace),
             ("peak", self.peak),
@@ -163,16 +170,25 @@ def plan_pages(
     is_planned: bool,
     max_model_len: int,
     max_chunk: int,
+    max_num_seqs: int,
 ) -> tuple[int, ...]:
-    """Pages of each group's pool, the null page included.
+    """Pages of each group's pool, the null page included. States come last, as in `build_groups`.
 
     Groups share the bytes in proportion to what one request of `max_model_len` holds in each, so
-    that no group runs out long before another. Raises `ValueError` when not even one such request
-    fits.
+    that no group runs out long before another. States do not grow with the tokens: requests are
+    mostly shorter, and more of them run; so there are states for `max_num_seqs`, or for as many as
+    half of the bytes hold. Raises `ValueError` when not even one such request fits.
     """
     needs = [group.max_pages(max_model_len, max_chunk) for group in groups]
+    num_states = STATES_PER_SEQ * max_num_seqs + 1
     if cache.num_pages is not None:
-        return tuple(max(2, cache.num_pages * need // needs[0]) for need in needs)
+        given = cache.num_pages
+        return tuple(
+            max(1 + need, min(num_states, given))
+            if group.spec.is_state
+            else max(2, given * need // needs[0])
+            for group, need in zip(groups, needs, strict=True)
+        )
     available = cache.kv_cache_memory_bytes
     if available is None and is_planned:
         available = _round_down(free_bytes)
@@ -180,14 +196,24 @@ def plan_pages(
         available = min(free_bytes, CPU_KV_BYTES)
     request_bytes = sum(n * g.bytes_per_page for n, g in zip(needs, groups, strict=True))
     null_bytes = sum(group.bytes_per_page for group in groups)
-    requests = (available - null_bytes) / request_bytes
-    if requests < 1:
+    if available - null_bytes < request_bytes:
         raise ValueError(
             f"the KV cache has {available:,} bytes but one request of "
             f"max_model_len={max_model_len} needs {request_bytes + null_bytes:,}: "
             "lower max_model_len or give kv_cache_memory_bytes"
         )
-    return tuple(int(need * requests) + 1 for need in needs)
+    states = [group for group in groups if group.spec.is_state]
+    grow = [(need, g) for need, g in zip(needs, groups, strict=True) if not g.spec.is_state]
+    null_bytes = sum(g.bytes_per_page for _, g in grow)
+    request_bytes = sum(need * g.bytes_per_page for need, g in grow)
+    if states:
+        state_bytes = sum(group.bytes_per_page for group in states)
+        share = int(available * STATES_SHARE) if grow else available
+        affordable = min(share, available - null_bytes - request_bytes) // state_bytes
+        num_states = max(1 + needs[-1], min(num_states, affordable))
+        available -= num_states * state_bytes
+    requests = (available - null_bytes) / max(1, request_bytes)
+    return (*(int(need * requests) + 1 for need, _ in grow), *(num_states for _ in states))
 
 
 def _round_down(size: int) -> int:

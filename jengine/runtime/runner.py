@@ -151,7 +151,7 @@ class ModelRunner:
             row_state=num_bytes(self.rows),
             executables=self.programs.memory(),
             num_pages=self.num_pages,
-            page_size=self.config.cache.page_size,
+            groups=self.groups,
             device=self.blueprint.device_memory,
             reserve=self.blueprint.reserve,
         )

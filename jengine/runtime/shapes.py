@@ -25,7 +25,7 @@ def abstract_kv(
     """One array for each layer."""
     return tuple(
         jax.ShapeDtypeStruct(
-            (num_pages[g], groups[g].page_size, *groups[g].spec.entry_shape),
+            (num_pages[g], *groups[g].page_shape),
             jnp.dtype(groups[g].spec.dtype),
             sharding=placement,
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jengine.kv_spec import KVGroup
-from jengine.layers.attention import AttentionMetadata, slot_mapping
+from jengine.layers.attention import AttentionMetadata, slot_mapping, state_slots
 from jengine.layers.sampling import (
     Logprobs,
     RowState,
@@ -159,11 +159,14 @@ def attention_metadata(
 ) -> AttentionMetadata:
     page_size = spec.groups[0].page_size
     slots = tuple(
-        slot_mapping(table, batch.seq_ids, batch.positions, batch.num_tokens, page_size)
-        for table in tables
+        state_slots(table, batch.cu_q_lens, batch.kv_lens, page_size)
+        if group.spec.is_state
+        else slot_mapping(table, batch.seq_ids, batch.positions, batch.num_tokens, page_size)
+        for group, table in zip(spec.groups, tables, strict=True)
     )
     return AttentionMetadata(
         positions=batch.positions,
+        seq_ids=batch.seq_ids,
         cu_q_lens=batch.cu_q_lens,
         kv_lens=batch.kv_lens,
         num_tokens=batch.num_tokens,

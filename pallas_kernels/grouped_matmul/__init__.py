@@ -1,5 +1,5 @@
 """Matmuls of tokens with the weights of the expert that each was routed to."""
 
-from jengine.pallas_kernels.grouped_matmul.api import expert_mlp
+from jengine.pallas_kernels.grouped_matmul.api import expert_parts
 
-__all__ = ["expert_mlp"]
+__all__ = ["expert_parts"]

@@ -1,6 +1,4 @@
-"""`expert_mlp`: the routed experts of a mixture, each a SwiGLU MLP of its own."""
-
-from typing import Any
+"""`expert_parts`: the routed experts of a mixture, each a SwiGLU MLP of its own."""
 
 import jax
 
@@ -8,42 +6,7 @@ from jengine.pallas_kernels.dispatch import first_of
 from jengine.pallas_kernels.grouped_matmul import reference, triton_gpu
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 
-_expert_mlp = first_of(triton_gpu.expert_mlp, reference.expert_mlp)
-
-
-def expert_mlp(
-    x_TD: jax.Array,
-    expert_ids_Tk: jax.Array,
-    weights_Tk: jax.Array,
-    gate_up_EFD: jax.Array,
-    down_EDF: jax.Array,
-    *,
-    num_tokens: jax.Array,
-    gate_up_bias_EF: jax.Array | None = None,
-    down_bias_ED: jax.Array | None = None,
-    activation: ClampedSwiGLU | None = None,
-) -> jax.Array:
-    """Return [T, D]: for each token the sum over its k experts, in the order given, of weight times
-    `silu_mul(x @ gate_up[e].T) @ down[e].T`, with biases where given, and `activation` in the place
-    of `silu_mul` if it is.
-
-    `gate_up` is [E, 2 F, D], gate above up; `weights` are float32; the experts of one token are
-    distinct. The product of gate and up is rounded to the dtype of `x`; the rest is float32 until
-    the end. Rows at or past `num_tokens` are padding: finite, otherwise unspecified, and they touch
-    no expert. The bits of a row depend on that row, its experts and their weights only. The time
-    grows with the experts touched.
-    """
-    return _expert_mlp(
-        x_TD,
-        expert_ids_Tk,
-        weights_Tk,
-        gate_up_EFD,
-        down_EDF,
-        num_tokens=num_tokens,
-        gate_up_bias_EF=gate_up_bias_EF,
-        down_bias_ED=down_bias_ED,
-        activation=activation,
-    )
+_expert_parts = first_of(triton_gpu.expert_parts, reference.expert_parts)
 
 
 def expert_parts(
@@ -58,9 +21,16 @@ def expert_parts(
     down_bias_ED: jax.Array | None = None,
     activation: ClampedSwiGLU | None = None,
 ) -> jax.Array:
-    """Return summands [P, T, D] of `expert_mlp`, for an operation that adds up anyway
-    (`add_rms_norm`), in float32 where there are few rows. Rows at or past `num_tokens` are
-    unspecified and may be NaN.
+    """Return summands [P, T, D] (see `linear_parts`) of, for each token, the sum over its k
+    experts, in the order given, of weight times `silu_mul(x @ gate_up[e].T) @ down[e].T`, with
+    biases where given, and `activation` in the place of `silu_mul` if it is.
+
+    `gate_up` is [E, 2 F, D], gate above up; `weights` are float32; the experts of one token are
+    distinct. The product of gate and up is rounded to the dtype of `x`; the rest is float32, but
+    for summands of many rows, which are rounded. Rows at or past `num_tokens` are padding: they
+    touch no expert, and are unspecified; where there are several summands they may be NaN. The bits
+    of a row depend on that row, its experts and their weights only. The time grows with the experts
+    touched.
     """
     return _expert_parts(
         x_TD,
@@ -73,10 +43,3 @@ def expert_parts(
         down_bias_ED=down_bias_ED,
         activation=activation,
     )
-
-
-def _whole(*args: jax.Array, **options: Any) -> jax.Array:
-    return reference.expert_mlp(*args, **options)[None]
-
-
-_expert_parts = first_of(triton_gpu.expert_parts, _whole)

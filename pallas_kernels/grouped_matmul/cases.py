@@ -1,4 +1,4 @@
-"""Cases of `expert_mlp` for tests and benchmarks: every back end runs each of them."""
+"""Cases of `expert_parts` for tests and benchmarks: every back end runs each of them."""
 
 from dataclasses import dataclass
 

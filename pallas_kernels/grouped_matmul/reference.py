@@ -1,4 +1,4 @@
-"""Plain-JAX `expert_mlp`: a loop over the tiles in use, and so over the experts touched."""
+"""Plain-JAX `expert_parts`: a loop over the tiles in use, and so over the experts touched."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jengine.pallas_kernels.linear.api import linear
 from jengine.pallas_kernels.silu_mul.api import silu_mul
 
 
-def expert_mlp(
+def expert_parts(
     x_TD: jax.Array,
     expert_ids_Tk: jax.Array,
     weights_Tk: jax.Array,
@@ -61,7 +61,7 @@ def expert_mlp(
     for j in range(1, k):  # spelled out: a reduction's order is XLA's to choose
         out_TD = out_TD + weights_Tk[:, j : j + 1] * y_MD[tiles.rank_Tk[:, j]]
     is_real_T = jnp.arange(T, dtype=jnp.int32) < num_tokens
-    return jnp.where(is_real_T[:, None], out_TD, 0.0).astype(x_TD.dtype)
+    return jnp.where(is_real_T[:, None], out_TD, 0.0).astype(x_TD.dtype)[None]
 
 
 def _of_expert(weights: jax.Array, expert: jax.Array) -> jax.Array:

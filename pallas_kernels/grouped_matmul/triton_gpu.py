@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
-from jengine.pallas_kernels.linear.reference import sum_of_parts
 from jengine.pallas_kernels.platform import require_cuda
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
 DTYPES = ("bfloat16", "float16", "float32")
 FEW_TOKENS = 256  # up to here summands stay float32
 COUNTED = 2048  # pairs that a planning program takes at once
+FEW_PAIRS = 32  # with these, smaller tiles are needed to reach every multiprocessor
 UNIT = 64  # depths are multiples of it
 
 
@@ -30,56 +30,35 @@ class Tiling:
 
 
 def tile_rows(num_tokens: int, top_k: int, num_experts: int) -> int:
-    """About an expert's share, within what the matrix unit takes and registers hold."""
-    share = num_tokens * top_k // num_experts
-    return min(max(16, 1 << (share - 1).bit_length() if share else 16), 128)
+    """Four times an expert's mean share: routers are not even, and an expert that needs a second
+    tile costs its weights twice; padding in a tile costs little while weights are what takes time.
+    """
+    share = max(1, 4 * num_tokens * top_k // num_experts)
+    return min(max(16, 1 << (share - 1).bit_length()), 128)
 
 
-def gate_up_tiling(rows: int, depth: int, itemsize: int) -> Tiling:
+def gate_up_tiling(rows: int, num_pairs: int, depth: int, itemsize: int) -> Tiling:
     if itemsize == 4:
         return Tiling(rows, 32, 32, Schedule(4, 2))
+    if num_pairs <= FEW_PAIRS and depth % 128 == 0:
+        return Tiling(rows, 32, 128, Schedule(4, 4))
     if rows >= 128:
-        return Tiling(rows, 128, 64, Schedule(8, 3))
+        return Tiling(rows, 128, 64, Schedule(8, 4))
     if rows > 32 or depth % 128:
         return Tiling(rows, 64, 64, Schedule(4, 4))
     return Tiling(rows, 64, 128, Schedule(4, 3))
 
 
-def down_tiling(rows: int, depth: int, itemsize: int) -> Tiling:
+def down_tiling(rows: int, num_pairs: int, depth: int, itemsize: int) -> Tiling:
     if itemsize == 4:
         return Tiling(rows, 32, 32, Schedule(4, 2))
+    if num_pairs <= FEW_PAIRS and depth % 128 == 0:
+        return Tiling(rows, 32, 128, Schedule(4, 4))
     if rows >= 128:
-        return Tiling(rows, 128, 64, Schedule(8, 4))
+        return Tiling(rows, 128, 64, Schedule(4, 4))
     if rows > 32 or depth % 128:
         return Tiling(rows, 64, 64, Schedule(4, 5))
     return Tiling(rows, 64, 128, Schedule(4, 4))
-
-
-def expert_mlp(
-    x_TD: jax.Array,
-    expert_ids_Tk: jax.Array,
-    weights_Tk: jax.Array,
-    gate_up_EFD: jax.Array,
-    down_EDF: jax.Array,
-    *,
-    num_tokens: jax.Array,
-    gate_up_bias_EF: jax.Array | None = None,
-    down_bias_ED: jax.Array | None = None,
-    activation: ClampedSwiGLU | None = None,
-) -> jax.Array:
-    parts_kTD = expert_parts(
-        x_TD,
-        expert_ids_Tk,
-        weights_Tk,
-        gate_up_EFD,
-        down_EDF,
-        num_tokens=num_tokens,
-        gate_up_bias_EF=gate_up_bias_EF,
-        down_bias_ED=down_bias_ED,
-        activation=activation,
-    )
-    is_real_T1 = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None] < num_tokens
-    return jnp.where(is_real_T1, sum_of_parts(parts_kTD, x_TD.dtype), 0)
 
 
 def expert_parts(
@@ -110,7 +89,7 @@ def expert_parts(
     order_M, tiles_G3, num_tiles = _plan(expert_ids_Tk, num_tokens, E, rows)
     G = tiles_G3.shape[0]
     precision = "ieee"  # float32 means float32: not TF32, which is Triton's default
-    tile = gate_up_tiling(rows, D, dtype.itemsize)
+    tile = gate_up_tiling(rows, T * k, D, dtype.itemsize)
     (h_MF,) = triton_call(
         gate_up_of_experts,
         (
@@ -132,7 +111,7 @@ def expert_parts(
         },
         schedule=tile.schedule,
     )  # fmt: skip
-    tile = down_tiling(rows, F, dtype.itemsize)
+    tile = down_tiling(rows, T * k, F, dtype.itemsize)
     return triton_call(
         down_of_experts,
         (

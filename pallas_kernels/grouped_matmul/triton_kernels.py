@@ -1,4 +1,4 @@
-"""The Triton kernels of `expert_mlp`. Imported only where a program for a GPU is traced.
+"""The Triton kernels of `expert_parts`. Imported only where a program for a GPU is traced.
 
 A pair is a token at one of its experts: pair p is token p // TOP_K. Pairs are taken in the order of
 their experts, and that order is cut into tiles of one expert each.

@@ -61,6 +61,35 @@ def mla_attention(
     scale: float,
     is_decode: bool = False,
 ) -> jax.Array:
+    return attend(
+        q_TNE,
+        pages_PBE,
+        page_table_SM,
+        cu_q_lens_S1,
+        kv_lens_S,
+        num_seqs,
+        value_dim=value_dim,
+        scale=scale,
+        is_decode=is_decode,
+    )[0]
+
+
+def attend(
+    q_TNE: jax.Array,
+    pages_PBE: jax.Array,
+    page_table_SM: jax.Array,
+    cu_q_lens_S1: jax.Array,
+    kv_lens_S: jax.Array,
+    num_seqs: jax.Array,
+    *,
+    value_dim: int,
+    scale: float,
+    is_decode: bool = False,
+    earlier_only: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """(out [T, N, C], and of sequences with several new tokens log2 of the softmax's sum, f32
+    [T, N]). `earlier_only` leaves the tokens of this step out in those sequences.
+    """
     T, N, E = q_TNE.shape
     C, R, dtype = value_dim, E - value_dim, pages_PBE.dtype
     if q_TNE.dtype not in DTYPES or dtype not in DTYPES:
@@ -85,7 +114,7 @@ def mla_attention(
         "PRECISION": "ieee",  # float32 means float32: not TF32, which is Triton's default
         "WIDE": is_wide,
     }
-    prior_TNC = None
+    prior_TNC, lse_TN = None, jnp.zeros((), jnp.float32)
     if not is_decode:
         tile = tile_tiling(N, itemsize)
         tiles = plan_tiles(
@@ -95,18 +124,37 @@ def mla_attention(
             num_tokens=T,
             tile_queries=tile.rows // tile.heads,
         )
-        (prior_TNC,) = triton_call(
+        prior_TNC, lse_TN = triton_call(
             attend_latent_tile,
-            (q_TNE, pages_PBE, page_table_SM, tiles.items, tiles.num_items),
-            [jax.ShapeDtypeStruct((T, N, C), q_TNE.dtype)],
+            (q_TNE, pages_PBE, page_table_SM, tiles.items, tiles.num_items, cu_q_lens_S1),
+            [
+                jax.ShapeDtypeStruct((T, N, C), q_TNE.dtype),
+                jax.ShapeDtypeStruct((T, N), jnp.float32),
+            ],
             grid=(tiles.items.shape[0] * -(-N // tile.heads),),
-            constants=constants | {"HEADS": tile.heads, "ROWS": tile.rows, "BLOCK": tile.block},
+            constants=constants
+            | {
+                "HEADS": tile.heads,
+                "ROWS": tile.rows,
+                "BLOCK": tile.block,
+                "EARLIER_ONLY": earlier_only,
+            },
             schedule=tile.schedule,
         )
-    splits = plan_splits(cu_q_lens_S1, kv_lens_S, num_seqs, None)
-    return _decode(
+    splits = plan_splits(
+        cu_q_lens_S1, kv_lens_S, num_seqs, None, smallest=min_split(len(kv_lens_S))
+    )
+    out_TNC = _decode(
         q_TNE, pages_PBE, page_table_SM, cu_q_lens_S1, splits, prior_TNC, itemsize, constants
     )
+    return out_TNC, lse_TN
+
+
+def min_split(num_seqs: int) -> int:
+    """Fewest positions in a split. All heads are one program's: a context needs more of them than
+    in `ragged_paged_attention`, where each KV head has its own.
+    """
+    return 64 if num_seqs <= 4 else 128 if num_seqs <= 32 else 256
 
 
 def _decode(

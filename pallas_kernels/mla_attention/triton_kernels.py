@@ -7,7 +7,12 @@ rotated part behind it, and the latent is the value as well: it is loaded once f
 import triton
 import triton.language as tl
 
-from jengine.pallas_kernels.ragged_paged_attention.triton_kernels import LOG2_E, NEVER, finish
+from jengine.pallas_kernels.ragged_paged_attention.triton_kernels import (
+    LOG2_E,
+    NEVER,
+    accumulate,
+    finish,
+)
 
 
 @triton.jit
@@ -40,14 +45,7 @@ def attend_latents(
     rope = tl.load(pages_ptr + row + C + r, mask=is_live[:, None] & (r < R), other=0.0).to(DTYPE)
     s = tl.dot(q_latent, tl.trans(latent), input_precision=PRECISION)
     s = tl.dot(q_rope, tl.trans(rope), s, input_precision=PRECISION)
-    s = tl.where(is_seen, s, NEVER)
-    new_top = tl.maximum(top, tl.max(s, 1) * (SCALE * LOG2_E))
-    p = tl.exp2(s * (SCALE * LOG2_E) - new_top[:, None])
-    p = tl.where(is_seen, p, 0.0)  # a row that has seen nothing yet: exp2(NEVER - NEVER) = 1
-    decay = tl.exp2(top - new_top)
-    total = total * decay + tl.sum(p, 1)
-    acc = tl.dot(p.to(DTYPE), latent, acc * decay[:, None], input_precision=PRECISION)
-    return new_top, total, acc
+    return accumulate(s, latent, is_seen, top, total, acc, SCALE * LOG2_E, PRECISION)
 
 
 @triton.jit
@@ -124,8 +122,10 @@ def attend_latent_tile(
     table_ptr,  # i32[S, M]
     tiles_ptr,  # i32[W, 4]: sequence, first token, number of queries, position of the first
     num_tiles_ptr,  # i32[1]
+    token_ptr,  # i32[S + 1]: the first token of a sequence
     # outputs
     out_ptr,  # [T, N, C]
+    lse_ptr,  # f32[T, N]: log2 of the sum
     N: tl.constexpr,
     C: tl.constexpr,
     CP: tl.constexpr,
@@ -139,6 +139,7 @@ def attend_latent_tile(
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32
+    EARLIER_ONLY: tl.constexpr,  # leave out the tokens of this step
 ):
     """A tile of consecutive queries of one sequence, for some heads: row r is query r // HEADS."""
     DTYPE: tl.constexpr = tl.float32 if WIDE else pages_ptr.dtype.element_ty
@@ -161,6 +162,8 @@ def attend_latent_tile(
     q_rope = tl.load(q_at + C + r, mask=is_row[:, None] & (r < R), other=0.0).to(DTYPE)
     position = first_position + rows // HEADS
     end = first_position + num_queries
+    if EARLIER_ONLY:
+        end = first_position - (first_token - tl.load(token_ptr + sequence))
     top = tl.full([ROWS], NEVER, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, CP], tl.float32)
@@ -169,9 +172,15 @@ def attend_latent_tile(
         is_live = at < end
         top, total, acc = attend_latents(
             q_latent, q_rope, pages_ptr, table_ptr + sequence * M, at, is_live,
-            at[None, :] <= position[:, None], top, total, acc,
+            is_live[None, :] & (at[None, :] <= position[:, None]), top, total, acc,
             C, CP, R, RP, B, SCALE, DTYPE, PRECISION,
         )  # fmt: skip
     out = finish(top, total, acc, top, False)
     in_tile = is_row[:, None] & (c < C)
+    at = (first_token + rows // HEADS) * N + heads
+    tl.store(
+        lse_ptr + at,
+        tl.where(total > 0.0, top + tl.log2(tl.maximum(total, 1e-30)), NEVER),
+        mask=is_row,
+    )
     tl.store(out_ptr + row * C + c, out.to(out_ptr.dtype.element_ty), mask=in_tile)

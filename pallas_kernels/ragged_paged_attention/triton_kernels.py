@@ -54,10 +54,25 @@ def attend_block(
         # cap * tanh(s * scale / cap), with tanh(x) = 1 - 2 / (exp(2 x) + 1)
         s = 1.0 - 2.0 / (tl.exp2(s * (2 * SCALE / SOFT_CAP * LOG2_E)) + 1.0)
         to_log2: tl.constexpr = SOFT_CAP * LOG2_E
+    return accumulate(s, v, is_seen, top, total, acc, to_log2, PRECISION)
+
+
+@triton.jit
+def accumulate(
+    s,  # [rows, keys]: scores
+    v,  # [keys, HP]
+    is_seen,  # [rows or 1, keys], or None: every row sees every key
+    top,
+    total,
+    acc,
+    TO_LOG2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The part of the online softmax that follows the scores."""
     if is_seen is not None:
         s = tl.where(is_seen, s, NEVER)
-    new_top = tl.maximum(top, tl.max(s, 1) * to_log2)
-    p = tl.exp2(s * to_log2 - new_top[:, None])
+    new_top = tl.maximum(top, tl.max(s, 1) * TO_LOG2)
+    p = tl.exp2(s * TO_LOG2 - new_top[:, None])
     if is_seen is not None:
         p = tl.where(is_seen, p, 0.0)  # a row that has seen nothing yet: exp2(NEVER - NEVER) = 1
     decay = tl.exp2(top - new_top)

@@ -31,15 +31,21 @@ class Tiles(NamedTuple):
 
 
 def plan_splits(
-    cu_q_lens_S1: jax.Array, kv_lens_S: jax.Array, num_seqs: jax.Array, window: int | None
+    cu_q_lens_S1: jax.Array,
+    kv_lens_S: jax.Array,
+    num_seqs: jax.Array,
+    window: int | None,
+    smallest: int | None = None,
 ) -> Splits:
-    """Splits of the sequences with one new token."""
+    """Splits of the sequences with one new token, of no fewer positions than `smallest`
+    (`min_split` by default).
+    """
     S = kv_lens_S.shape[0]
     is_decode_S = (jnp.diff(cu_q_lens_S1) == 1) & (jnp.arange(S, dtype=jnp.int32) < num_seqs)
     begin_S = jnp.zeros_like(kv_lens_S)
     if window is not None:
         begin_S = jnp.maximum(kv_lens_S - window, 0)
-    size_S = split_size(kv_lens_S)
+    size_S = split_size(kv_lens_S, smallest or min_split(S))
     first_page_S, last_page_S = begin_S // size_S, -(-kv_lens_S // size_S)
     count_S = jnp.where(is_decode_S, last_page_S - first_page_S, 0)
     first_S1 = _exclusive_sums(count_S)
@@ -59,9 +65,8 @@ def plan_splits(
     return Splits(items, first_S1[-1:], first_S1)
 
 
-def split_size(kv_lens_S: jax.Array) -> jax.Array:
+def split_size(kv_lens_S: jax.Array, smallest: int) -> jax.Array:
     """Positions in a split: a power of two that gives at most `MAX_SPLITS` of them."""
-    smallest = min_split(kv_lens_S.shape[0])
     # What a split costs by itself is saved where a context needs none.
     size_S = jnp.where(kv_lens_S <= 2 * smallest, 2 * smallest, smallest)
     for power in range(smallest.bit_length(), 26):

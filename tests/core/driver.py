@@ -7,14 +7,14 @@ from jengine.config import SchedulerConfig
 from jengine.core.plan import RequestUpdate, StepPlan, StepResult
 from jengine.core.scheduler import Scheduler
 from jengine.request import Request
-from tests.core.factories import make_kv, make_request
+from tests.core.factories import Window, make_kv, make_request
 
 
 def make_scheduler(
     *,
     num_pages: int = 65,
     max_model_len: int = 64,
-    windows: Sequence[int | None] = (None,),
+    windows: Sequence[Window] = (None,),
     **config: Any,
 ) -> Scheduler:
     config = {"max_num_seqs": 4, "max_num_batched_tokens": 16, **config}

@@ -1,7 +1,7 @@
 """Small KV managers and requests for the tests of jengine.core."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from jengine.core.kv_manager import KVManager
 from jengine.core.page_pool import PagePool
@@ -9,19 +9,23 @@ from jengine.kv_spec import KVGroup, KVKind, KVSpec, build_groups
 from jengine.request import Request, SamplingParams
 
 EOS = 0
+Window: TypeAlias = int | Literal["state"] | None  # of a layer; "state": it keeps a state instead
 
 
-def make_groups(windows: Sequence[int | None], page_size: int) -> tuple[KVGroup, ...]:
+def make_groups(windows: Sequence[Window], page_size: int) -> tuple[KVGroup, ...]:
     """One layer for each entry: None is full attention, a number its window."""
-    specs = [
-        KVSpec(KVKind.FULL if w is None else KVKind.SLIDING_WINDOW, (2, 1, 1), "float32", 4, w)
-        for w in windows
-    ]
-    return build_groups(specs, page_size)
+    return build_groups([_spec(window) for window in windows], page_size)
+
+
+def _spec(window: Window) -> KVSpec:
+    if window == "state":
+        return KVSpec(KVKind.STATE, (8,), "float32", 4)
+    kind = KVKind.FULL if window is None else KVKind.SLIDING_WINDOW
+    return KVSpec(kind, (2, 1, 1), "float32", 4, window)
 
 
 def make_kv(
-    windows: Sequence[int | None] = (None,),
+    windows: Sequence[Window] = (None,),
     *,
     page_size: int = 4,
     num_pages: int = 17,

@@ -5,6 +5,9 @@ the token may attend to back through the page table. As on the real device, a la
 values of every token in the step before any of them reads, and steps run in dispatch order. Values
 of the second layer and above depend on the whole visible prefix, so a page that belongs to another
 prefix, was overwritten too early, or was never written changes the tokens (or raises KeyError).
+
+A layer of states folds its tokens into one value, which it reads where the token before the step
+left it. All states of a step are read before any is written.
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ from msgspec import structs
 from jengine.core.page_pool import NULL_PAGE
 from jengine.core.plan import ScheduledRequest, StepPlan, StepResult
 from jengine.kv_spec import KVGroup
+from tests.core.factories import Window
 
 VOCAB = 29
 
@@ -22,15 +26,17 @@ def mix(*values: object) -> int:
     return hash(values) & (2**61 - 1)  # hashes of ints and tuples do not vary between processes
 
 
-def naive_tokens(
-    windows: Sequence[int | None], prompt: Sequence[int], num_tokens: int
-) -> list[int]:
+def naive_tokens(windows: Sequence[Window], prompt: Sequence[int], num_tokens: int) -> list[int]:
     """What the model generates for one request alone, from plain lists: no pages, no steps."""
     tokens = list(prompt)
     values: list[list[int]] = [[] for _ in windows]
     for position in range(len(prompt) + num_tokens - 1):
         hidden = mix(tokens[position])
         for window, layer in zip(windows, values, strict=True):
+            if window == "state":
+                layer[:] = [mix(*layer, hidden, position)]
+                hidden = mix(hidden, *layer)
+                continue
             layer.append(mix(hidden, position))
             hidden = mix(hidden, *layer[_first_read(position, window) :])
         if position + 1 >= len(prompt):
@@ -45,7 +51,7 @@ class FakeDevice:
         self._layers = sorted(
             (layer, g) for g, group in enumerate(groups) for layer in group.layers
         )
-        self._windows = [group.spec.window for group in groups]
+        self._groups = groups
         self._page_size = groups[0].page_size
         self._memory: dict[tuple[int, int, int], int] = {}  # (layer, page, offset) -> value
         self._last_token: dict[int, int] = {}  # row -> newest token sampled for it
@@ -64,6 +70,9 @@ class FakeDevice:
     def _step(self, scheduled: Sequence[ScheduledRequest]) -> list[list[int]]:
         hidden = [[mix(token) for token in self._tokens(entry)] for entry in scheduled]
         for layer, group in self._layers:
+            if self._groups[group].spec.is_state:
+                hidden = self._fold(scheduled, layer, group, hidden)
+                continue
             for entry, values in zip(scheduled, hidden, strict=True):
                 for i, value in enumerate(values):
                     position = entry.start + i
@@ -84,6 +93,37 @@ class FakeDevice:
             sampled.append([token])
         return sampled
 
+    def _fold(
+        self,
+        scheduled: Sequence[ScheduledRequest],
+        layer: int,
+        group: int,
+        hidden: list[list[int]],
+    ) -> list[list[int]]:
+        """Through a layer of states."""
+        states = [
+            [self._memory[self._state(e, layer, group, e.start)]] if e.start else []
+            for e in scheduled
+        ]
+        folded = []
+        for entry, state, values in zip(scheduled, states, hidden, strict=True):
+            row = []
+            for i, value in enumerate(values):
+                state = [mix(*state, value, entry.start + i)]
+                row.append(mix(value, *state))
+            end = entry.start + entry.num_tokens
+            self._memory[self._state(entry, layer, group, end)] = state[0]
+            folded.append(row)
+        return folded
+
+    def _state(
+        self, entry: ScheduledRequest, layer: int, group: int, end: int
+    ) -> tuple[int, int, int]:
+        """Where the state after the first `end` tokens lies."""
+        page = entry.page_tables[group][(end - 1) // self._page_size]
+        assert page != NULL_PAGE, "the null state is read or written"
+        return layer, page, 0
+
     def _tokens(self, entry: ScheduledRequest) -> list[int]:
         if entry.is_admitted:
             self._last_token.pop(entry.row, None)
@@ -94,7 +134,7 @@ class FakeDevice:
         return known
 
     def _read(self, entry: ScheduledRequest, layer: int, group: int, position: int) -> list[int]:
-        first = _first_read(position, self._windows[group])
+        first = _first_read(position, self._groups[group].spec.window)
         return [
             self._memory[self._slot(entry, layer, group, p)] for p in range(first, position + 1)
         ]

@@ -279,6 +279,8 @@ def test_reset_waits_for_requests_that_hold_pages() -> None:
         ((8,), 6, 4, sys.maxsize),  # at most ceil((7 + 4) / 4) + 1 = 4 live pages, 5 are there
         ((8,), 4, 4, 12),  # 3 are there: no more tokens than they hold
         ((None, 8), 6, 4, 20),
+        ((None, "state"), 6, 64, 20),
+        (("state",), 3, 64, sys.maxsize),  # two states are all that a request holds
     ],
 )
 def test_longest_request_that_can_ever_run(windows, num_pages, chunk, expected) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_attention(
     kernel: str, heads: int, kv_heads: int, head_dim: int, dtype: str, tmp_path: Path
 ) -> None:
     from jengine.pallas_kernels.ragged_paged_attention import triton_gpu, triton_kernels
-    from jengine.pallas_kernels.triton_call import POINTER_OF, compile_kernel
+    from jengine.pallas_kernels.triton_call import POINTER_OF
 
     itemsize = 4 if dtype == "float32" else 2
     data, group = POINTER_OF[dtype], 1 << (heads // kv_heads - 1).bit_length()
@@ -50,12 +51,8 @@ def test_attention(
             "GP": group, "ROWS": max(tiling.rows, group), "BLOCK": tiling.block, "WINDOW": 0,
         }  # fmt: skip
         pointers = (data, data, *["*i32"] * 4, data, data)
-    compiled = compile_kernel(
-        getattr(triton_kernels, kernel.split()[0]),
-        pointers,
-        tuple(sorted(constants.items())),
-        tiling.schedule,
-        HOPPER,
+    compiled = compile_for_hopper(
+        getattr(triton_kernels, kernel.split()[0]), pointers, constants, tiling.schedule
     )
     assert compiled.shared_bytes * tiling.programs_per_multiprocessor <= SHARED_BYTES
     # Keys arrive by asynchronous copies, while the last ones are multiplied.
@@ -65,6 +62,118 @@ def test_attention(
         assert product in compiled.ptx
     if head_dim <= 128 and tiling.rows <= 128 and dtype == "bfloat16":
         assert spilled_bytes(compiled.ptx, tmp_path) == 0
+
+
+TOKENS = (1, 8, 32, 64, 128, 256, 2048, 8192)
+PAIR_KERNELS = ("gate_up_of_experts", "down_of_experts")
+EXPERTS = [(2048, 768, 8, 128), (2048, 1408, 6, 64), (2880, 2880, 4, 32)]  # D, F, top_k, E
+
+
+@pytest.mark.parametrize("tokens", [t for t in TOKENS if t <= 128])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("depth", "outputs"), [(4096, 14336), (576, 1536), (14336, 4096)])
+def test_products_of_few_rows(
+    tokens: int, gated: bool, depth: int, outputs: int, tmp_path: Path
+) -> None:
+    from jengine.pallas_kernels.linear import triton_gpu
+    from jengine.pallas_kernels.linear.triton_kernels import multiply_rows
+
+    tile = triton_gpu.tiling(tokens, depth)
+    splits = 1 if gated else triton_gpu.split_count(outputs, depth, tile.depth)
+    assert depth % splits == 0 and depth // splits % tile.depth == 0
+    constants = {
+        "T": tokens, "F": outputs, "D": depth, "BF": triton_gpu.TILE_OUTPUTS, "BT": tile.tokens,
+        "BK": tile.depth, "SPLITS": splits, "GATED": gated, "STAGES": tile.schedule.num_stages,
+    }  # fmt: skip
+    out = "*bf16" if splits == 1 else "*fp32"
+    compiled = compile_for_hopper(multiply_rows, ("*bf16", "*bf16", out), constants, tile.schedule)
+    check_streams(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("kernel", PAIR_KERNELS)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("embed", "mlp", "top_k", "experts"), EXPERTS)
+def test_experts(
+    kernel: str, tokens: int, embed: int, mlp: int, top_k: int, experts: int, tmp_path: Path
+) -> None:
+    from jengine.pallas_kernels.grouped_matmul import triton_gpu, triton_kernels
+
+    rows = triton_gpu.tile_rows(tokens, top_k, experts)
+    is_down = kernel == PAIR_KERNELS[1]
+    tiling = triton_gpu.down_tiling if is_down else triton_gpu.gate_up_tiling
+    tile = tiling(rows, tokens * top_k, mlp if is_down else embed, 2)
+    assert (mlp if is_down else embed) % tile.depth == 0
+    constants = {
+        "D": embed, "F": mlp, "TOP_K": top_k, "BF": tile.outputs, "ROWS": rows, "BK": tile.depth,
+        "STAGES": tile.schedule.num_stages, "HAS_BIAS": True, "PRECISION": "ieee",
+    } | ({"T": tokens} if is_down else {"ALPHA": 1.7, "LIMIT": 7.0})  # fmt: skip
+    data, index = "*bf16", "*i32"
+    pointers = (
+        (data, data, data, "*fp32", index, index, index, "*fp32")
+        if is_down
+        else (data, data, data, index, index, index, data)
+    )
+    check_streams(
+        compile_for_hopper(getattr(triton_kernels, kernel), pointers, constants, tile.schedule),
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("heads", [16, 32, 128])
+@pytest.mark.parametrize("kernel", ["decode_latent_split", "attend_latent_tile"])
+def test_latents(kernel: str, heads: int, tmp_path: Path) -> None:
+    from jengine.pallas_kernels.mla_attention import triton_gpu, triton_kernels
+
+    data, index, wide = "*bf16", "*i32", "*fp32"
+    constants = {
+        "N": heads, "C": 512, "CP": 512, "R": 64, "RP": 64, "B": 16, "M": 512, "SCALE": 0.1,
+        "PRECISION": "ieee", "WIDE": False,
+    }  # fmt: skip
+    if kernel == "decode_latent_split":
+        tile = triton_gpu.decode_tiling(heads, 2)
+        constants["NUM_PROGRAMS"] = 132
+        pointers = (data, data, *[index] * 4, data, data, *[wide] * 3)
+    else:
+        tile = triton_gpu.tile_tiling(heads, 2)
+        constants |= {"ROWS": tile.rows, "EARLIER_ONLY": True}
+        pointers = (data, data, *[index] * 4, data, wide)
+    constants |= {"HEADS": tile.heads, "BLOCK": tile.block}
+    compiled = compile_for_hopper(
+        getattr(triton_kernels, kernel), pointers, constants, tile.schedule
+    )
+    check_streams(compiled, tmp_path, tile.programs_per_multiprocessor)
+
+
+def test_a_chunk_of_latents(tmp_path: Path) -> None:
+    from jengine.pallas_kernels.latent_attention import triton_gpu
+    from jengine.pallas_kernels.latent_attention.triton_kernels import attend_chunk
+
+    tile = triton_gpu.chunk_tiling(2)
+    constants = {
+        "T": 8192, "N": 16, "P": 128, "PP": 128, "C": 512, "R": 64, "RP": 64, "V": 128, "VP": 128,
+        "ROWS": tile.queries, "BLOCK": tile.block, "SCALE": 0.1, "PRECISION": "ieee",
+    }  # fmt: skip
+    data, index = "*bf16", "*i32"
+    pointers = (*[data] * 4, *[index] * 3, "*fp32", data, data)
+    compiled = compile_for_hopper(attend_chunk, pointers, constants, tile.schedule)
+    assert "wgmma.mma_async" in compiled.ptx
+    check_streams(compiled, tmp_path)
+
+
+def compile_for_hopper(
+    kernel: Any, pointers: tuple[str, ...], constants: dict[str, Any], schedule: Any
+) -> Any:
+    from jengine.pallas_kernels.triton_call import compile_kernel
+
+    return compile_kernel(kernel, pointers, tuple(sorted(constants.items())), schedule, HOPPER)
+
+
+def check_streams(compiled: Any, folder: Path, programs: int = 1) -> None:
+    """It fits, spills nothing, and what it multiplies next arrives meanwhile."""
+    assert compiled.shared_bytes * programs <= SHARED_BYTES
+    assert "cp.async" in compiled.ptx
+    assert "mma" in compiled.ptx
+    assert spilled_bytes(compiled.ptx, folder) == 0
 
 
 def spilled_bytes(ptx: str, folder: Path) -> int:

@@ -73,7 +73,7 @@ def test_logits_and_experts_match_transformers(
     hf_model = make_tiny_llama(tmp_path, **CASES[name])
     driver = build_driver(tmp_path)
     (group,) = driver.runner.groups
-    assert group.spec.bytes_per_token == (48 + 16) * 4
+    assert group.spec.bytes_per_entry == (48 + 16) * 4
     expected, routing = expected_logits(hf_model), hf_routing(hf_model)
     results, hidden = [], []
     for chunks in CHUNKS:

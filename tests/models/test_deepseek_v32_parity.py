@@ -138,7 +138,7 @@ def test_logits_tokens_and_experts_match_transformers(
     driver = build_driver(tmp_path)
     (group,) = driver.runner.groups
     index_dim = CASES[name]["index_head_dim"]
-    assert group.spec.bytes_per_token == (48 + 16 + index_dim) * 4
+    assert group.spec.bytes_per_entry == (48 + 16 + index_dim) * 4
     expected, routing = expected_logits(hf_model), hf_routing(hf_model)
     choices = hf_choices(hf_model)
     assert [c.sum(1).max() for c in choices] == [min(LENGTH, CASES[name]["index_topk"])] * len(

@@ -2,10 +2,12 @@
 reading such a file and reading the whole one that transformers writes for it are the same.
 """
 
+import fnmatch
 from typing import Any
 
 import pytest
 
+from jengine.errors import LoadError
 from jengine.models.registry import resolve_architecture
 
 transformers = pytest.importorskip("transformers")
@@ -55,6 +57,27 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
             use_sliding_window=True, sliding_window=64, max_window_layers=5,
         ),
     ),
+    "qwen3-next": ("Qwen3Next", {}),
+    "qwen3-next-of-2025": (
+        "Qwen3Next",
+        dict(
+            rope_theta=1e7, partial_rotary_factor=0.5, full_attention_interval=3,
+            linear_num_value_heads=16, mlp_only_layers=[1], decoder_sparse_step=2,
+            norm_topk_prob=False, num_experts=64, shared_expert_intermediate_size=1024,
+        ),
+    ),
+    "qwen3.5": ("Qwen3_5", {}),
+    "qwen3.5-sections": (
+        "Qwen3_5",
+        dict(
+            linear_key_head_dim=64, linear_conv_kernel_dim=3,
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10],
+                "mrope_interleaved": True,
+            },
+        ),
+    ),
+    "qwen3.5-moe": ("Qwen3_5Moe", {}),
     "gpt-oss": ("GptOss", {}),
     "gpt-oss-of-2025": (
         "GptOss",
@@ -81,6 +104,22 @@ def test_a_terse_file_means_what_transformers_makes_of_it(name: str) -> None:
     assert read(model_class, terse) == read(model_class, whole)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layer_types", ["sliding_attention"] * 30),
+        ("layer_types", ["linear_attention"]),
+        ("linear_num_value_heads", 24),
+        ("hidden_act", "gelu_pytorch_tanh"),
+    ],
+)
+@pytest.mark.parametrize("family", ["Qwen3Next", "Qwen3_5", "Qwen3_5Moe"])
+def test_hybrids_that_are_not_supported_are_refused(family: str, field: str, value: Any) -> None:
+    _, model_class = resolve_architecture({"architectures": [f"{family}ForCausalLM"]})
+    with pytest.raises(LoadError, match=field):
+        read(model_class, SAID | {field: value})
+
+
 @pytest.mark.parametrize("kind", ["su", "yarn"])
 def test_longrope_of_early_phi3_files(kind: str) -> None:
     """transformers 5 itself refuses these: the original length lies outside `rope_scaling`."""
@@ -97,3 +136,11 @@ def read(model_class: Any, hf: dict[str, Any]) -> Any:
     return model_class.config_class.from_hf(
         hf, dtype="float32", kv_dtype="float32", max_model_len=8192
     )
+
+
+@pytest.mark.parametrize("family", ["Qwen3Next", "Qwen3_5", "Qwen3_5Moe"])
+def test_layers_that_predict_further_tokens_are_left_out(family: str) -> None:
+    _, model_class = resolve_architecture({"architectures": [f"{family}ForCausalLM"]})
+    ignored = model_class.weight_table(read(model_class, SAID), "hf").ignored
+    for name, is_ignored in (("mtp.layers.0.mlp.gate.weight", True), ("model.norm.weight", False)):
+        assert any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored) == is_ignored

@@ -35,7 +35,7 @@ def num_tokens_held(specs: tuple[KVSpec, ...]) -> float:
     groups = build_groups(specs, PAGE)
     pages = plan_pages(
         groups, CacheConfig(kv_cache_memory_bytes=16 * GIB), free_bytes=0, is_planned=True,
-        max_model_len=LENGTH_32K, max_chunk=512,
+        max_model_len=LENGTH_32K, max_chunk=512, max_num_seqs=256,
     )  # fmt: skip
     needs = long_request_pages(groups)
     return LENGTH_32K * min((have - 1) / need for have, need in zip(pages, needs, strict=True))

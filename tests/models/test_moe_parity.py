@@ -13,7 +13,6 @@ import pytest
 
 from jengine.errors import LoadError
 from jengine.input_processor import TokensPrompt
-from jengine.layers import moe
 from jengine.llm import LLM
 from jengine.models.registry import resolve_architecture
 from jengine.request import SamplingParams
@@ -68,19 +67,19 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def tokens(hf_model: Any) -> list[int]:
-    return np.random.default_rng(0).integers(3, hf_model.config.vocab_size, LENGTH).tolist()
+def tokens(hf_model: Any, length: int = LENGTH) -> list[int]:
+    return np.random.default_rng(0).integers(3, hf_model.config.vocab_size, length).tolist()
 
 
-def expected_logits(hf_model: Any) -> np.ndarray:
+def expected_logits(hf_model: Any, length: int = LENGTH) -> np.ndarray:
     with torch.no_grad():
-        return hf_model(torch.tensor([tokens(hf_model)])).logits[0].numpy()
+        return hf_model(torch.tensor([tokens(hf_model, length)])).logits[0].numpy()
 
 
-def build_driver(folder: Path) -> Driver:
+def build_driver(folder: Path, length: int = LENGTH) -> Driver:
     return Driver(
-        folder, max_model_len=64, num_pages=16, max_num_seqs=1, prefill_buckets=(LENGTH,),
-        decode_buckets=(1,), max_num_batched_tokens=LENGTH,
+        folder, max_model_len=length + 24, num_pages=16, max_num_seqs=1,
+        prefill_buckets=(length,), decode_buckets=(1,), max_num_batched_tokens=length,
     )  # fmt: skip
 
 
@@ -122,16 +121,15 @@ def check_experts(
 
 
 @torch.no_grad()
-def permuted(hf_model: Any) -> Iterator[tuple[str, np.ndarray]]:
+def permuted(hf_model: Any, length: int = LENGTH) -> Iterator[tuple[str, np.ndarray]]:
     """(parameter, the oracle's logits with two of its rows or entries swapped), one by one."""
-    used = {
-        i: np.argsort(-np.bincount(ids.ravel())) for i, (_, ids) in hf_routing(hf_model).items()
-    }
+    routing = hf_routing(hf_model, length)
+    used = {i: np.argsort(-np.bincount(ids.ravel())) for i, (_, ids) in routing.items()}
     for name, parameter in hf_model.named_parameters():
-        for part, rows in swaps(name, parameter, tokens(hf_model)[:2], used):
+        for part, rows in swaps(name, parameter, tokens(hf_model, length)[:2], used):
             saved = part[rows].clone()
             part[rows] = saved.flip(0)
-            yield f"{name} {list(part.shape)} {rows}", expected_logits(hf_model)
+            yield f"{name} {list(part.shape)} {rows}", expected_logits(hf_model, length)
             part[rows] = saved
 
 
@@ -155,7 +153,7 @@ def swaps(
     return [(parameter, experts), *parts]
 
 
-def hf_routing(hf_model: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def hf_routing(hf_model: Any, length: int = LENGTH) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """(router logits [T, E], expert ids [T, k]) of every layer that has a router."""
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -169,27 +167,10 @@ def hf_routing(hf_model: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     parts = [(i, dict(layer.mlp.named_children())) for i, layer in layers]
     routers = [(i, part) for i, p in parts if (part := p.get("gate", p.get("router")))]
     hooks = [router.register_forward_hook(keep(i)) for i, router in routers]
-    expected_logits(hf_model)
+    expected_logits(hf_model, length)
     for hook in hooks:
         hook.remove()
     return found
-
-
-@pytest.fixture
-def routed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, np.ndarray]]:
-    """(router's number since the start, expert ids) of every call of a router on the device."""
-    seen: list[tuple[int, np.ndarray]] = []
-    route, traced = moe.route, []
-
-    def recording(logits_TE: jax.Array, top_k: int, *, renormalise: bool) -> Any:
-        ids_Tk, weights_Tk = route(logits_TE, top_k, renormalise=renormalise)
-        number = len(traced)
-        traced.append(number)
-        jax.debug.callback(lambda ids: seen.append((number, np.asarray(ids))), ids_Tk)
-        return ids_Tk, weights_Tk
-
-    monkeypatch.setattr(moe, "route", recording)
-    return seen
 
 
 def test_neighbours_change_no_token(tmp_path: Path) -> None:

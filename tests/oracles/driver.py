@@ -43,8 +43,13 @@ class Driver:
         (sizes). The steps' own, of each chunk's last position, are left in `step_logits`, and the
         hidden states of all positions in `hidden`.
         """
-        pages = -(-len(token_ids) // self.config.cache.page_size)
-        tables = tuple(list(range(1, pages + 1)) for _ in self.runner.groups)
+        pages = range(-(-len(token_ids) // self.config.cache.page_size))
+        # Only the newest state is read again, so states may take turns in the few pages they have.
+        turns = [
+            num - 1 if group.spec.is_state else len(pages)
+            for group, num in zip(self.runner.groups, self.runner.num_pages, strict=True)
+        ]
+        tables = tuple([1 + page % num for page in pages] for num in turns)
         request = Request("teacher", list(token_ids), SamplingParams(temperature=0))
         rows, hidden, start = [], [], 0
         self.step_logits = []

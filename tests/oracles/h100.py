@@ -22,7 +22,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from jengine.kv_spec import build_groups
+from jengine.kv_spec import KVGroup, build_groups
 from jengine.layers.param import abstract_parameters
 from jengine.layers.sampling import RowState
 from jengine.models.registry import resolve_architecture
@@ -32,7 +32,7 @@ from jengine.runtime.step import StepSpec, build_step
 from jengine.runtime.xla_options import bucket_options, compiler_options
 
 TARGET_CONFIG = Path(__file__).with_name("h100_target_config.txtpb")
-PAGE_SIZE, NUM_PAGES = 16, 2048
+PAGE_SIZE, NUM_PAGES, NUM_STATES = 16, 2048, 256
 MAX_MODEL_LEN = 8192
 NUM_ROWS = 256
 NUM_LOGPROBS = 20
@@ -49,6 +49,13 @@ QWEN3_600M = {
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
     "intermediate_size": 3072, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
     "max_position_embeddings": 40960, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN35_2B = {  # a layer of either kind
+    "architectures": ["Qwen3_5ForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"], "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 256, "intermediate_size": 6144, "vocab_size": 151936,
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+    "linear_num_value_heads": 16,
 }  # fmt: skip
 
 
@@ -120,7 +127,7 @@ def compile_step(
     model_class, cfg = read_config(config)
     module = model_class(cfg)
     graphdef, state = nnx.split(module)
-    groups = build_groups(model_class.kv_specs(cfg), PAGE_SIZE)
+    groups = kv_groups(config)
     spec = StepSpec(graphdef, jax.tree.structure(state), groups, NUM_LOGPROBS)
     layout = BatchLayout(
         num_tokens=num_tokens,
@@ -147,12 +154,20 @@ def read_config(config: dict[str, Any]) -> tuple[Any, Any]:
     )
 
 
-def kv_arrays(config: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+def kv_groups(config: dict[str, Any]) -> tuple[KVGroup, ...]:
     model_class, cfg = read_config(config)
-    return tuple(
-        _array((NUM_PAGES, PAGE_SIZE, *spec.entry_shape), spec.dtype)
-        for spec in model_class.kv_specs(cfg)
-    )
+    return build_groups(model_class.kv_specs(cfg), PAGE_SIZE)
+
+
+def kv_arrays(config: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    arrays = {
+        layer: _array(
+            (NUM_STATES if group.spec.is_state else NUM_PAGES, *group.page_shape), group.spec.dtype
+        )
+        for group in kv_groups(config)
+        for layer in group.layers
+    }
+    return tuple(arrays[layer] for layer in range(len(arrays)))
 
 
 def row_state(config: dict[str, Any]) -> RowState:
@@ -163,7 +178,8 @@ def row_state(config: dict[str, Any]) -> RowState:
             output_counts=jnp.zeros(table, jnp.int32),
             prompt_mask=jnp.zeros(table, jnp.bool_),
             bias=jnp.zeros(table, jnp.float32),
-            page_tables=(jnp.zeros((NUM_ROWS, MAX_MODEL_LEN // PAGE_SIZE), jnp.int32),),
+            page_tables=(jnp.zeros((NUM_ROWS, MAX_MODEL_LEN // PAGE_SIZE), jnp.int32),)
+            * len(kv_groups(config)),
         )
     )
 

@@ -10,6 +10,7 @@ import pytest
 OPERATIONS = (
     "add_rms_norm",
     "grouped_matmul",
+    "latent_attention",
     "linear",
     "mla_attention",
     "ragged_paged_attention",

@@ -1,7 +1,8 @@
 """`KVManager` with its pools and prefix caches, against a model that knows what every page holds.
 
 The model keeps the true tokens of each request, which the host learns late, as with steps in
-flight, and the context under which each slot was last written.
+flight, and the context under which each slot was last written. A group of states has one slot a
+page, written where a step ends.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from hypothesis.stateful import (
 
 from jengine.core.page_pool import NULL_PAGE
 from jengine.request import Request
-from tests.core.factories import make_kv, make_request, record_allocations
+from tests.core.factories import Window, make_kv, make_request, record_allocations
 
 MAX_CHUNK = 8
 TOKENS = st.integers(0, 1)  # few, so that prefixes meet
@@ -34,17 +35,23 @@ class Tracked:
     contexts: list[list[Context]] = field(default_factory=list)
 
 
+def context(tracked: Tracked, position: int) -> Context:
+    return tracked.request.cache_salt, tuple(tracked.tokens[: position + 1])
+
+
 class KVMachine(RuleBasedStateMachine):
     """Steps run at once, in the order in which they are planned."""
 
     requests = Bundle("requests")
 
     @initialize(
-        windows=st.sampled_from([(None,), (3,), (None, 4), (None, 2, 7), (5, 1)]),
+        windows=st.sampled_from(
+            [(None,), (3,), (None, 4), (None, 2, 7), (5, 1), (None, "state"), (4, "state")]
+        ),
         page_size=st.integers(1, 3),
         num_pages=st.integers(6, 14),
     )
-    def build(self, windows: tuple[int | None, ...], page_size: int, num_pages: int) -> None:
+    def build(self, windows: tuple[Window, ...], page_size: int, num_pages: int) -> None:
         self.windows = windows
         self.page_size = page_size
         self.kv = make_kv(windows, page_size=page_size, num_pages=num_pages)
@@ -80,6 +87,16 @@ class KVMachine(RuleBasedStateMachine):
         wanted = len(tracked.tokens) - tracked.request.num_computed_tokens
         if tracked in self.running and wanted > 0:
             self.compute(tracked, min(num_tokens, wanted), may_fail=True)
+
+    @rule(tracked=requests, sampled=st.lists(TOKENS, min_size=2, max_size=4))
+    def run_several_steps(self, tracked: Tracked, sampled: list[int]) -> None:
+        """In one dispatch, of one token each; each but the last is computed by the next step."""
+        request, num_steps = tracked.request, len(sampled)
+        wanted = len(tracked.tokens) - request.num_computed_tokens
+        if tracked in self.running and wanted == 1 and self.kv.has_room_ahead(1, num_steps):
+            tracked.tokens += sampled
+            request.num_pending_tokens += num_steps
+            self.compute(tracked, num_steps, num_steps=num_steps)
 
     @rule(tracked=requests, token=TOKENS)
     def sample(self, tracked: Tracked, token: int) -> None:
@@ -136,26 +153,30 @@ class KVMachine(RuleBasedStateMachine):
         self.kv.check_integrity(set())
         assert self.kv.reset_prefix_cache()
 
-    def compute(self, tracked: Tracked, num_tokens: int, *, may_fail: bool = False) -> None:
-        """One step of one request: allocate, then write the tokens' contexts into its pages."""
+    def compute(
+        self, tracked: Tracked, num_tokens: int, *, num_steps: int = 1, may_fail: bool = False
+    ) -> None:
+        """Steps of one request: allocate, then write the tokens' contexts into its pages."""
         request = tracked.request
         findable = [group.cache.pages for group in self.kv._groups]
         for fresh in self.fresh:
             fresh.clear()
-        tables = self.kv.allocate(request, num_tokens)
+        tables = self.kv.allocate(request, num_tokens, num_steps)
         if tables is None:
             assert may_fail, "admitted without pages for its first chunk"
             return
         start = request.num_computed_tokens
+        end = start + num_tokens
         for index, table in enumerate(tables):
-            for position in range(start, start + num_tokens):
+            group = self.kv._groups[index]
+            first = end - 1 if group.is_state and num_steps == 1 else start
+            for position in range(first, end):
                 page = table[position // self.page_size]
                 assert page != NULL_PAGE
-                assert self.kv._groups[index].pool.num_refs(page) == 1, "a shared page is written"
+                assert group.pool.num_refs(page) == 1, "a shared page is written"
                 assert page not in findable[index] - self.fresh[index], "a full page is written"
-                context = request.cache_salt, tuple(tracked.tokens[: position + 1])
-                self.written[index][page, position % self.page_size] = context
-        request.num_computed_tokens = start + num_tokens
+                self.written[index][self.slot(index, page, position)] = context(tracked, position)
+        request.num_computed_tokens = end
 
     def check_context(self, tracked: Tracked) -> None:
         """Every slot that the next query reads holds this request's own context."""
@@ -166,8 +187,14 @@ class KVMachine(RuleBasedStateMachine):
             first = 0 if window is None else max(0, computed - window + 1)
             for position in range(first, computed):
                 page = tables[index][position // self.page_size]
-                context = self.written[index][page, position % self.page_size]
-                assert context == (request.cache_salt, tuple(tracked.tokens[: position + 1]))
+                assert page != NULL_PAGE
+                assert self.written[index][self.slot(index, page, position)] == context(
+                    tracked, position
+                )
+
+    def slot(self, index: int, page: int, position: int) -> tuple[int, int]:
+        is_state = self.kv._groups[index].is_state
+        return page, 0 if is_state else position % self.page_size
 
     def longest_hit(self, request: Request) -> int:
         """By trying every boundary, longest first."""

@@ -25,6 +25,10 @@ from tests.oracles.dummy_model import write_dummy_model
 FULL = KVSpec(KVKind.FULL, (2, 4, 64), "bfloat16", 2)
 WINDOW = KVSpec(KVKind.SLIDING_WINDOW, (2, 4, 64), "bfloat16", 2, window=512)
 LATENT = KVSpec(KVKind.MLA, (512 + 64,), "bfloat16", 2)  # DeepSeek's
+# Qwen3-Next's: matrices of 32 heads, and three inputs of its convolution.
+STATE = KVSpec(KVKind.STATE, (32 * 128 * 128 + 3 * 8192,), "float32", 4)
+GATED = KVSpec(KVKind.FULL, (2, 2, 256), "bfloat16", 2)
+NEXT = ([STATE] * 3 + [GATED]) * 12
 
 
 MIB = 1 << 20
@@ -32,7 +36,7 @@ GB = 10**9
 SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
-def _plan(groups: tuple[KVGroup, ...], num_bytes: int) -> tuple[int, ...]:
+def _plan(groups: tuple[KVGroup, ...], num_bytes: int, max_num_seqs: int = 256) -> tuple[int, ...]:
     return plan_pages(
         groups,
         CacheConfig(kv_cache_memory_bytes=num_bytes),
@@ -40,6 +44,7 @@ def _plan(groups: tuple[KVGroup, ...], num_bytes: int) -> tuple[int, ...]:
         is_planned=True,
         max_model_len=32768,
         max_chunk=1024,
+        max_num_seqs=max_num_seqs,
     )
 
 
@@ -63,6 +68,41 @@ def test_groups_share_the_bytes_by_what_a_long_request_holds() -> None:
     assert window_requests == pytest.approx(full_requests, rel=0.02)
     total = window_pages * groups[0].bytes_per_page + full_pages * groups[1].bytes_per_page
     assert (1 << 30) * 0.99 < total <= 1 << 30
+
+
+def test_states_come_for_each_request_that_may_run() -> None:
+    """Two that it holds and two that may be found again; the rest is for tokens."""
+    groups = build_groups(NEXT, 16)
+    assert [group.spec.kind for group in groups] == [KVKind.FULL, KVKind.STATE]
+    num_pages, num_states = _plan(groups, 40 << 30, max_num_seqs=32)
+    assert num_states == 4 * 32 + 1
+    total = num_pages * groups[0].bytes_per_page + num_states * groups[1].bytes_per_page
+    assert (40 << 30) * 0.99 < total <= 40 << 30
+
+
+def test_states_take_half_of_the_bytes_at_most() -> None:
+    groups = build_groups(NEXT, 16)
+    num_pages, num_states = _plan(groups, 16 << 30)
+    assert (8 << 30) * 0.98 < num_states * groups[1].bytes_per_page <= 8 << 30
+    assert num_pages * groups[0].bytes_per_page > (8 << 30) * 0.98
+    least = _plan(groups, (1 << 30) + (16 << 20))  # one request of 32k tokens, and the null pages
+    assert least[1] >= 3
+    assert least[0] >= 1 + 2048
+    with pytest.raises(ValueError, match="one request"):
+        _plan(groups, 1 << 29)
+
+
+def test_a_model_of_states_alone_has_a_plan() -> None:
+    assert _plan(build_groups([STATE] * 4, 16), 1 << 30, max_num_seqs=8) == (33,)
+
+
+@pytest.mark.parametrize(("num_pages", "states"), [(30, 17), (10, 10), (2, 3)])
+def test_states_beside_a_given_number_of_pages(num_pages: int, states: int) -> None:
+    plan = plan_pages(
+        build_groups(NEXT, 16), CacheConfig(num_pages=num_pages), free_bytes=0, is_planned=False,
+        max_model_len=64, max_chunk=32, max_num_seqs=4,
+    )  # fmt: skip
+    assert plan == (num_pages, states)
 
 
 def test_a_cache_too_small_for_one_request_is_refused() -> None:
@@ -177,6 +217,7 @@ def test_pages_do_not_follow_every_megabyte() -> None:
             is_planned=True,
             max_model_len=32768,
             max_chunk=1024,
+            max_num_seqs=256,
         )
 
     base = 200 * 256 * MIB
@@ -193,13 +234,15 @@ def test_the_table_adds_up() -> None:
     }
     device = DeviceMemory(budget=80_000 * MIB, pool=79_000 * MIB, is_planned=True)
     plan = MemoryPlan(
-        16_000 * MIB, 55_000 * MIB, 300 * MIB, programs, (100,), 16, device, 1500 * MIB
-    )
+        16_000 * MIB, 55_000 * MIB, 300 * MIB, programs, (100, 9),
+        build_groups([STATE, FULL], 16), device, 1500 * MIB,
+    )  # fmt: skip
     assert plan.workspace == (800 + 2 * 108) * MIB  # two steps' inputs and outputs
     assert plan.peak == (16_000 + 55_000 + 300 + 1016) * MIB
     assert plan.total == plan.peak + (1500 + 1000) * MIB
     lines = {line[:-16].strip(): line.split()[-2] for line in plan.table().splitlines()}
     assert lines["peak"] == "72,316.0"
+    assert lines["KV cache (1,584 tokens, 8 states)"] == "55,000.0"
     assert lines["reserve (tuning, figures that differ)"] == "1,500.0"
     assert lines["outside the pool (CUDA)"] == "1,000.0"
     assert lines["total"] == "74,816.0"

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from jengine.core.plan import StepPlan
+from jengine.layers.param import abstract_parameters
+from jengine.models.registry import resolve_architecture
 from jengine.request import SamplingParams
-from jengine.runtime.decode_steps import choose_max_decode_steps
+from jengine.runtime.decode_steps import bytes_of_one_token, choose_max_decode_steps
 from tests.oracles.arrivals import Arrival, arrivals
 from tests.oracles.core_pump import CorePump
 from tests.oracles.dummy_model import VOCAB_SIZE, write_dummy_model
@@ -240,6 +242,27 @@ def test_same_executables_nothing_compiles_and_nothing_is_copied(pair: Pair) -> 
 )
 def test_a_dispatch_stays_short(platform: str, num_bytes: int, expected: int) -> None:
     assert choose_max_decode_steps(platform, num_bytes) == expected
+
+
+def test_experts_count_as_far_as_one_token_reads_them() -> None:
+    hf = {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100,
+        "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 16,
+        "num_experts_per_tok": 4, "rms_norm_eps": 1e-6, "max_position_embeddings": 256,
+        "tie_word_embeddings": True, "mlp_only_layers": [1],
+    }  # fmt: skip
+    _, model_class = resolve_architecture(hf)
+    cfg = model_class.config_class.from_hf(
+        hf, dtype="bfloat16", kv_dtype="bfloat16", max_model_len=256
+    )
+    attention = (4 + 2 * 2) * 16 * 64 + 4 * 16 * 64 + 2 * 16
+    norms = 2 * 64
+    sparse = 16 * 64 + 4 * 3 * 32 * 64  # router, and 4 experts
+    dense = 3 * 96 * 64
+    numbers = 3 * (attention + norms) + 2 * sparse + dense + 100 * 64 + 64
+    parameters = abstract_parameters(model_class(cfg)).values()
+    assert bytes_of_one_token(parameters, cfg) == 2 * numbers
 
 
 def _tokens(seed: int, length: int) -> list[int]:

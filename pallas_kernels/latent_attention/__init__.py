@@ -1,0 +1,3 @@
+from jengine.pallas_kernels.latent_attention.api import latent_attention
+
+__all__ = ["latent_attention"]
