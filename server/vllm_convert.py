@@ -7,6 +7,7 @@ temperature not set is 1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
 
@@ -77,7 +78,7 @@ def to_structured_outputs(params: pb.SamplingParams) -> StructuredOutputsParams 
     kind = params.WhichOneof("constraint")
     if kind is None or (kind == "json_object" and not params.json_object):
         return None
-    value = list(params.choice.choices) if kind == "choice" else getattr(params, kind)
+    value: Any = list(params.choice.choices) if kind == "choice" else getattr(params, kind)
     try:
         return StructuredOutputsParams(**{"json" if kind == "json_schema" else kind: value})
     except InvalidRequestError as error:

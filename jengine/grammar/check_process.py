@@ -6,6 +6,7 @@ when it takes too long.
 """
 
 import contextlib
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -22,6 +23,7 @@ from jengine.structured_outputs import StructuredOutputsParams
 
 def main() -> None:
     """Answer until standard input ends: then the parent is gone, or wants no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is meant for the parent
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     facts = msgspec.msgpack.decode(_read(source), type=VocabularyFacts)
     vocabulary = Vocabulary(facts.table, facts.special_ids, facts.eos_ids, facts.vocab_size)

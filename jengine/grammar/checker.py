@@ -98,6 +98,8 @@ class Checker:
     def _ask(self, field: str, params: StructuredOutputsParams) -> Verdict:
         if self._is_closed:
             raise EngineDeadError("the engine was shut down")
+        if self._process is not None and not self._process.is_alive:
+            self._stop()  # somebody else ended it
         if self._process is None:
             self._process = _Process(self._read_facts())
         # What the process did not survive is not remembered: the machine may just be busy.
@@ -145,6 +147,10 @@ class _Process:
             raise UnsupportedError(
                 f"the process that checks grammars did not start: {error!r}"
             ) from error
+
+    @property
+    def is_alive(self) -> bool:
+        return self._child.poll() is None
 
     def kill(self) -> None:
         """Thread-safe."""

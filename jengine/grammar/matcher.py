@@ -37,14 +37,13 @@ class Constraint:
     `is_ready`: no job is under way.
     """
 
-    def __init__(self, pool: "MatcherPool", request: Request, grammar: str) -> None:
+    def __init__(self, pool: "MatcherPool", request: Request) -> None:
         self.is_ready = False
         self.mask: np.ndarray | None = None  # i32[ceil(V / 32)]: bit i is set for an allowed token
         self.finish_reason: FinishReason | None = None  # set when no token can follow
         self.error: str | None = None  # with `FinishReason.ERROR`
         self._pool = pool
         self._request = request
-        self._grammar = grammar
         self._matcher: llguidance.LLMatcher | None = None
         self._never: np.ndarray | None = None  # mask of tokens that the request excludes by itself
 
@@ -136,7 +135,7 @@ class MatcherPool:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="grammar")
             self._vocabulary = self._threads.submit(self._load, request.eos_token_ids)
-        constraint = Constraint(self, request, grammar)
+        constraint = Constraint(self, request)
         compiled = self._compile(grammar)
 
         def begin(vocabulary: "Vocabulary") -> None:

@@ -97,12 +97,26 @@ def test_what_hangs_is_killed_and_replaced(
 def test_what_crashes_is_refused_and_the_process_replaced(checker: Checker) -> None:
     checker.check(StructuredOutputsParams(choice=["before the crash"]))
     pid = child_of(checker)
-    os.kill(pid, signal.SIGSEGV)
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))  # as the kernel without memory
+    timer.start()
     crash = StructuredOutputsParams(choice=["crash"])
     with pytest.raises(InvalidRequestError, match="cannot be compiled"):
         checker.check(crash)
+    timer.join()
     assert checker.check(crash)
     assert child_of(checker) != pid
+
+
+def test_a_process_that_died_meanwhile_is_replaced(checker: Checker) -> None:
+    checker.check(StructuredOutputsParams(choice=["before it dies"]))
+    pid = child_of(checker)
+    os.kill(pid, signal.SIGINT)
+    assert checker.check(StructuredOutputsParams(choice=["Ctrl-C is not for it"]))
+    assert child_of(checker) == pid
+    os.kill(pid, signal.SIGSEGV)
+    time.sleep(0.2)
+    assert checker.check(StructuredOutputsParams(choice=["after it died"]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
