@@ -58,6 +58,7 @@ FRONT_END = frozenset(
         "async_engine",
         "core_client",
         "core_process",
+        "determinism",
         "front_end",
         "input_processor",
         "llm",
