@@ -79,6 +79,7 @@ MAY_IMPORT["jengine.server"] = frozenset(
         "jengine",
         "jengine.async_engine",
         "jengine.client",
+        "jengine.determinism",
         "jengine.input_processor",
         "jengine.loading.pull",
         "jengine.prebuild",
