@@ -85,6 +85,16 @@ class LLM:
             disable_log_stats=disable_log_stats,
             **drop_vllm_arguments(kwargs),
         )
+        self._start(config, core_factory)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Self:
+        """An engine of exactly this configuration."""
+        llm = cls.__new__(cls)
+        llm._start(config, ENGINE_CORE)
+        return llm
+
+    def _start(self, config: EngineConfig, core_factory: str) -> None:
         self._engine = SyncEngine(config, core_factory)
         self._num_requests = 0
         self._enqueued: list[str] = []  # what `wait_for_completion` waits for

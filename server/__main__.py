@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jengine.config import EngineConfig
     from jengine.server.settings import ServerSettings
 
-COMMANDS_WITH_VLLM_FLAGS = ("serve", "bench", "prebuild")
+COMMANDS_WITH_VLLM_FLAGS = ("serve", "bench", "prebuild", "determinism")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 app = typer.Typer(
@@ -168,6 +168,22 @@ def prebuild(engine: EngineFlags) -> None:
     from jengine.server import cli_prebuild
 
     cli_prebuild.run(engine.build())
+
+
+@app.command()
+@takes(EngineFlags)
+def determinism(
+    engine: EngineFlags,
+    probe_seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+) -> None:
+    """Check that a request's tokens and log-probabilities have the same bits alone, in company,
+    with its prompt cached, in chunks, and after preemption. Exit code 1 if not.
+    """
+    from jengine.determinism import check
+
+    differences = check(engine.build(), print, probe_seed)
+    print("FAIL: first differences above" if differences else "PASS: every bit is the same")
+    raise typer.Exit(1 if differences else 0)
 
 
 @app.command("collect-env")
