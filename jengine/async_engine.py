@@ -18,9 +18,22 @@ import msgspec
 
 from jengine.config import EngineConfig
 from jengine.core_client import ENGINE_CORE, CoreClient, ProcessCoreClient, ThreadCoreClient
-from jengine.errors import DuplicateRequestError, EngineDeadError, EngineDrainingError, JengineError
+from jengine.errors import (
+    DuplicateRequestError,
+    EngineDeadError,
+    EngineDrainingError,
+    JengineError,
+    QueueFullError,
+)
 from jengine.front_end import build_model_info, check_greeting
-from jengine.input_processor import SEED_BITS, InputProcessor, PreparedRequest, Prompt
+from jengine.input_processor import (
+    SEED_BITS,
+    InputProcessor,
+    PreparedRequest,
+    Prompt,
+    has_constraint,
+    is_short,
+)
 from jengine.loading.checkpoint import open_checkpoint
 from jengine.model_info import ModelInfo
 from jengine.output_processor import OutputProcessor
@@ -44,7 +57,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 NUM_TEXT_THREADS = 2
 NUM_GRAMMAR_THREADS = 2  # grammars are checked one at a time, and what is waited for is a process
-INLINE_CHARS = 2048  # tokenising less than this takes under 0.5 ms: not worth a change of threads
+MAX_PREPARING = 1024  # requests that wait for these threads
 
 
 class AsyncEngine:
@@ -147,8 +160,8 @@ class AsyncEngine:
             priority=priority,
             cache_salt=cache_salt,
         )
-        is_constrained = _is_constrained(sampling_params)
-        if not is_constrained and _is_short(prompt):
+        is_constrained = has_constraint(sampling_params)
+        if not is_constrained and is_short(prompt):
             prepared = prepare()
         else:
             pool = self._grammar_pool if is_constrained else self._text_pool
@@ -170,6 +183,8 @@ class AsyncEngine:
     async def _prepare_in_pool(
         self, pool: ThreadPoolExecutor, request_id: str, prepare: Callable[[], PreparedRequest]
     ) -> PreparedRequest:
+        if len(self._starting) >= MAX_PREPARING:
+            raise QueueFullError(f"{len(self._starting)} requests are being prepared: the limit")
         self._starting.add(request_id)
         try:
             prepared = await self._loop.run_in_executor(pool, prepare)
@@ -382,14 +397,3 @@ class AsyncEngine:
             if not future.done():
                 future.set_exception(EngineDeadError(reason))
                 future.exception()  # counts as seen, also if nobody waits any more
-
-
-def _is_short(prompt: Any) -> bool:
-    """Whether `prompt` may be prepared on the loop. Wrong types may: they are refused at once."""
-    text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
-    return not isinstance(text, str) or len(text) <= INLINE_CHARS
-
-
-def _is_constrained(params: Any) -> bool:
-    """Wrong types are not: they are refused at once."""
-    return isinstance(params, SamplingParams) and params.structured_outputs is not None

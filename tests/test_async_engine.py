@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from jengine import async_engine
 from jengine.async_engine import AsyncEngine
 from jengine.config import EngineConfig
 from jengine.errors import (
@@ -23,6 +24,7 @@ from jengine.errors import (
 )
 from jengine.outputs import RequestOutput
 from jengine.request import RequestOutputKind, SamplingParams
+from jengine.structured_outputs import StructuredOutputsParams
 from tests.oracles.echo_core import FACTORY, make_echo_model
 
 DELTA = RequestOutputKind.DELTA
@@ -200,6 +202,18 @@ async def test_bad_requests_leave_their_neighbours_alone(tmp_path: Path) -> None
         with pytest.raises(DuplicateRequestError):
             await collect(engine.generate("ab", greedy(), "n"))
         assert text_of(await neighbour) == "ab" * 20
+
+
+async def test_what_is_being_prepared_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long prompts and constraints wait for threads; short prompts do not."""
+    monkeypatch.setattr(async_engine, "MAX_PREPARING", 0)
+    constraint = StructuredOutputsParams(choice=["a"])
+    async with echo_engine(tmp_path) as engine:
+        with pytest.raises(QueueFullError, match="being prepared"):
+            await collect(engine.generate("a", greedy(structured_outputs=constraint), "bound"))
+        assert await collect(engine.generate("a", greedy(), "free"))
 
 
 async def test_two_long_prompts_of_one_id(tmp_path: Path) -> None:
