@@ -173,7 +173,7 @@ async def complete(engine: AsyncEngine, name: str, params: SamplingParams) -> Re
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_hostile_constraints_leave_a_neighbour_alone(engine: AsyncEngine) -> None:
-    free = FREE.clone(max_tokens=400, output_kind=RequestOutputKind.DELTA)
+    free = FREE.clone(max_tokens=200, output_kind=RequestOutputKind.DELTA)
     expected = (await complete(engine, "alone", free)).outputs[0].token_ids
     gaps: list[float] = []
     tokens: list[int] = []

@@ -65,7 +65,7 @@ def traffic(tiny_llama: Path) -> Traffic:
 
 @given(arrivals(len(MIX), max_length=60, max_turns=6, max_size=6))
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_everyone_gets_the_tokens_of_a_run_alone(traffic: Traffic, arrivals: list[Arrival]) -> None:
     pump = traffic.pump
