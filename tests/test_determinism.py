@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def test_a_step_that_sees_its_neighbours_fails(
 ) -> None:
     """Logits with a trace of how many sequences there are: no token changes, bits do."""
 
-    def logprobs(logits_SV: jax.Array, *rest: jax.Array) -> sampling.Logprobs:
+    def logprobs(logits_SV: jax.Array, *rest: Any) -> sampling.Logprobs:
         trace = jnp.float32(1e-4 * (logits_SV.shape[0] - 1))
         return sampling.logprobs(logits_SV * (1.0 + trace), *rest)
 
