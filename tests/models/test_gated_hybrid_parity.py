@@ -100,7 +100,7 @@ def test_logits_and_experts_match_transformers(
     check_bfloat16(driver.loaded.checkpoint.hf_config)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["qwen3-next", "qwen3.5"])  # experts and none; 5 to 10 s each
 def test_bits_do_not_depend_on_the_bucket(name: str, tmp_path: Path) -> None:
     """The same cuts in steps of other shapes, a lone decode among them."""
     hf_model = make_tiny_llama(tmp_path, **CASES[name])
