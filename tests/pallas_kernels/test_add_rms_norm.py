@@ -36,3 +36,16 @@ def check(backend: ModuleType, case: Case) -> None:
     expected = expected * weight.astype(np.float64)
     error = np.abs(np.asarray(normed, np.float64) - expected)
     assert np.all(error <= (eps + 1e-6) * np.abs(expected))
+    if case.parts > 1 and case.rows > 1:
+        check_padding(run, case, x, parts, weight, np.asarray(total))
+
+
+def check_padding(run, case: Case, x, parts, weight, total: np.ndarray) -> None:
+    """Rows past the last token have no summands."""
+    used = case.rows // 2
+    parts = parts.copy()
+    parts[:, used:] = np.nan
+    out = run(x, parts, weight, eps=case.eps, num_tokens=np.int32(used))
+    np.testing.assert_array_equal(np.asarray(out[0])[:used], total[:used])
+    for array in out:
+        assert np.isfinite(np.asarray(array).astype(np.float32)).all()
