@@ -34,43 +34,31 @@ def kernel_times(run: Callable[[], Any], calls: int = 3) -> dict[str, KernelTime
     return {name: KernelTime(counts[name], total) for name, total in totals.most_common()}
 
 
-def idle_share(run: Callable[[], Any]) -> float:
-    """Share of the second half of `run` (its decode steps) in which the device computes nothing.
+def report_decode(run: Callable[[int], Any], layers: int, *, first: int, top: int) -> float | None:
+    """Print what the kernels of a decode step take, the largest first, and return milliseconds of
+    all of them. `run` generates so many tokens; from step `first` on all requests decode.
 
-    The executables must have been compiled with `xla_enable_command_buffers_during_profiling`, or
-    the trace shows the gaps between single launches.
-    """
-    spans = sorted((start, end) for _, start, end in trace_events(run))
-    middle = (spans[0][0] + spans[-1][1]) / 2
-    spans = [span for span in spans if span[0] >= middle]
-    busy, reached = 0.0, spans[0][0]
-    for start, end in spans:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return 1 - busy / (reached - spans[0][0])
-
-
-def report_decode(run: Callable[[int], Any], layers: int, *, first: int, top: int) -> None:
-    """Print what the kernels of a decode step take, the largest first. `run` generates so many
-    tokens; from step `first` on all requests decode.
+    None for several steps a dispatch: a trace does not see into a loop that is a graph.
     """
     events = sorted(trace_events(lambda: run(TRACED + 1)), key=lambda event: event[1])
     marks = [i for i, event in enumerate(events) if event[0] in MARKS]
     steps = TRACED - 1 - first
     if steps < 1 or len(marks) <= layers * (first + steps):
         print("    no kernels in the trace")
-        return
+        return None
     totals: collections.Counter[str] = collections.Counter()
     counts: collections.Counter[str] = collections.Counter()
     for name, start, end in events[marks[layers * first] : marks[layers * (first + steps)]]:
         totals[name] += (end - start) / 1e3
         counts[name] += 1
-    print(f"    kernels {sum(totals.values()) / steps / 1e3:.3f} ms a step")
+    milliseconds = sum(totals.values()) / steps / 1e3
+    print(f"    kernels {milliseconds:.3f} ms a step")
     for name, us in totals.most_common(top):
         print(
             f"    {us / steps:8.1f} us, {counts[name] / steps:5.1f} of {us / counts[name]:6.1f}: "
             f"{name[:60]}"
         )
+    return milliseconds
 
 
 def trace_events(run: Callable[[], Any]) -> list[tuple[str, float, float]]:

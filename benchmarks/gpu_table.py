@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_profile import idle_share, report_decode
+from benchmarks.gpu_profile import report_decode
 from jengine import LLM, SamplingParams
 
 STEPS = 128
@@ -39,12 +39,11 @@ def main() -> None:
     parser.add_argument("--compile-threads", type=int)
     parser.add_argument("--decode-buckets", type=int, nargs="*", default=())
     parser.add_argument("--prefill-buckets", type=int, nargs="*", default=())
-    parser.add_argument("--kernels", nargs="*", default=(), help="decode cases to trace as well")
     parser.add_argument(
-        "--idle",
-        action="store_true",
-        help="the device's idle share of decode at batch 1; needs XLA_FLAGS="
-        "--xla_enable_command_buffers_during_profiling=true",
+        "--kernels",
+        nargs="*",
+        default=(),
+        help="decode cases to trace as well, one step a dispatch",
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,16 +71,14 @@ def main() -> None:
             batch, length = map(int, case.split("x"))
             print(f"kernels of decode {case}")
             prompts = prompts_of(batch, length, config["vocab_size"], 9)
-            report_decode(
+            kernels = report_decode(
                 lambda tokens, prompts=prompts: timed(llm, prompts, greedy(tokens)),
                 config["num_hidden_layers"],
                 first=-(-batch * length // BUDGET) + 1,
                 top=16,
             )
-        if options.idle:
-            prompts = prompts_of(1, 1024, config["vocab_size"], 9)
-            share = idle_share(lambda: timed(llm, prompts, greedy(STEPS + 1)))
-            print(f"idle share of decode at batch 1: {share:.3f}")
+            if kernels and (step := rows.get(f"decode {case}")):
+                print(f"    the device is idle for {1 - kernels / step:.3f} of the step")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
