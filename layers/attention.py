@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jengine.kv_spec import KVSpec
 from jengine.layers.norm import RMSNorm
@@ -36,6 +37,7 @@ def rotary_paged_attention(
     kv_pages: jax.Array,
     metadata: AttentionMetadata,
     *,
+    dtype: DTypeLike,
     layer: int,
     spec: KVSpec,
     scale: float,
@@ -45,10 +47,10 @@ def rotary_paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of the step's tokens over their contexts, new tokens included.
 
-    `qkv` holds the heads of queries, keys and values as `Linear.parts` gives them; `rotation` is
-    `rope_cos_sin`'s; `head_norms` (of queries, of keys) come before it. `kv_pages` is
-    [P, B, 2, K, H] and is consumed: the caller keeps only the returned array, which aliases it.
-    Returns (out [T, N, H], kv_pages).
+    `qkv` holds the heads of queries, keys and values as `Linear.parts` gives them, and is rounded
+    to `dtype`; `rotation` is `rope_cos_sin`'s; `head_norms` (of queries, of keys) come before it.
+    `kv_pages` is [P, B, 2, K, H] and is consumed: the caller keeps only the returned array, which
+    aliases it. Returns (out [T, N, H], kv_pages).
     """
     group = metadata.group_of_layer[layer]
     q_norm, k_norm = head_norms or (None, None)
@@ -58,6 +60,7 @@ def rotary_paged_attention(
         kv_pages,
         metadata.slots[group],
         metadata.num_tokens,
+        dtype=dtype,
         q_norm_H=None if q_norm is None else q_norm.weight[...],
         k_norm_H=None if k_norm is None else k_norm.weight[...],
         eps=0.0 if q_norm is None else q_norm.eps,

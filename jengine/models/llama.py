@@ -89,6 +89,7 @@ class LlamaAttention(nnx.Module):
             rotation,
             kv_pages,
             metadata,
+            dtype=x_TD.dtype,
             layer=self.layer,
             spec=self.spec,
             scale=self.scale,

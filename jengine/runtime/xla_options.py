@@ -46,13 +46,13 @@ def bucket_options(options: Options, num_tokens: int, num_seqs: int) -> Options:
     """
     if not options:
         return options
-    changes: Options = {}
-    if num_tokens == num_seqs:
-        changes["xla_gpu_enable_triton_gemm"] = num_seqs < CUBLAS_SEQS
-    elif num_tokens > GRAPH_TOKENS:
-        changes["xla_gpu_enable_command_buffer"] = ""
-        changes["xla_gpu_enable_triton_gemm"] = num_seqs < 8
-    return options | {name: value for name, value in changes.items() if value is not True}
+    is_decode = num_tokens == num_seqs
+    if not is_decode and num_tokens <= GRAPH_TOKENS:
+        return options
+    changes: Options = {} if is_decode else {"xla_gpu_enable_command_buffer": ""}
+    if num_seqs >= (CUBLAS_SEQS if is_decode else 8):
+        changes["xla_gpu_enable_triton_gemm"] = False
+    return options | changes
 
 
 def measuring_options(platform: str, user_flags: str = "") -> Options:

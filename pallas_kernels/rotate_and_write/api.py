@@ -3,6 +3,7 @@ and attention.
 """
 
 import jax
+from jax.typing import DTypeLike
 
 from jengine.pallas_kernels.dispatch import first_of
 from jengine.pallas_kernels.rotate_and_write import reference, triton_gpu
@@ -18,6 +19,7 @@ def rotate_and_write(
     slots_T: jax.Array,
     num_tokens: jax.Array,
     *,
+    dtype: DTypeLike,
     q_norm_H: jax.Array | None = None,
     k_norm_H: jax.Array | None = None,
     eps: float = 0.0,
@@ -27,10 +29,10 @@ def rotate_and_write(
     there.
 
     `qkv` holds N heads of queries, K of keys, K of values, as summands: one, or several in float32,
-    which are added up in their order and rounded to the dtype of the pages. `cos` and `sin` are
-    float32 and rotate the pairs (i, i + R) of every head; dimensions from 2 R on pass through. Each
-    stage rounds to that dtype, or that of a single summand. Queries at or past `num_tokens` are
-    finite if `qkv` is, otherwise unspecified.
+    which are added up in their order. `cos` and `sin` are float32 and rotate the pairs (i, i + R)
+    of every head; dimensions from 2 R on pass through. Each stage, the sum included, rounds to
+    `dtype`, which is the queries'. Queries at or past `num_tokens` are finite if `qkv` is,
+    otherwise unspecified.
     """
     return _rotate_and_write(
         qkv_PTXH,
@@ -39,6 +41,7 @@ def rotate_and_write(
         kv_pages_PB2KH,
         slots_T,
         num_tokens,
+        dtype=dtype,
         q_norm_H=q_norm_H,
         k_norm_H=k_norm_H,
         eps=eps,

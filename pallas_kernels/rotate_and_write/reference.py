@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jengine.pallas_kernels.kv_write.api import kv_write
 from jengine.pallas_kernels.linear.reference import sum_of_parts
@@ -16,12 +17,13 @@ def rotate_and_write(
     slots_T: jax.Array,
     num_tokens: jax.Array,
     *,
+    dtype: DTypeLike,
     q_norm_H: jax.Array | None = None,
     k_norm_H: jax.Array | None = None,
     eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     K = kv_pages_PB2KH.shape[3]
-    qkv_TXH = sum_of_parts(qkv_PTXH, heads_dtype(qkv_PTXH, kv_pages_PB2KH))
+    qkv_TXH = sum_of_parts(qkv_PTXH, dtype)
     N = qkv_TXH.shape[1] - 2 * K
     qk_TXH = qkv_TXH[:, : N + K]
     if q_norm_H is not None and k_norm_H is not None:
@@ -30,14 +32,9 @@ def rotate_and_write(
         qk_TXH = jnp.concatenate([q_TNH, k_TKH], axis=1)
     qk_TXH = rotate(qk_TXH, cos_TR, sin_TR)
     k_TKH, v_TKH = qk_TXH[:, N:], qkv_TXH[:, N + K :]
-    dtype = kv_pages_PB2KH.dtype
-    pages = kv_write(kv_pages_PB2KH, k_TKH.astype(dtype), v_TKH.astype(dtype), slots_T, num_tokens)
+    k_TKH, v_TKH = (x_TKH.astype(kv_pages_PB2KH.dtype) for x_TKH in (k_TKH, v_TKH))
+    pages = kv_write(kv_pages_PB2KH, k_TKH, v_TKH, slots_T, num_tokens)
     return qk_TXH[:, :N], pages
-
-
-def heads_dtype(qkv_PTXH: jax.Array, kv_pages_PB2KH: jax.Array) -> jnp.dtype:
-    """In which heads are rounded: a single summand is so already."""
-    return (qkv_PTXH if qkv_PTXH.shape[0] == 1 else kv_pages_PB2KH).dtype
 
 
 def rotate(x_TNH: jax.Array, cos_TR: jax.Array, sin_TR: jax.Array) -> jax.Array:

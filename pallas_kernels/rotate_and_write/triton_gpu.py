@@ -4,9 +4,9 @@ four with norms. In a decode step each costs its launch, 1 to 2 us.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jengine.pallas_kernels.platform import require_cuda
-from jengine.pallas_kernels.rotate_and_write.reference import heads_dtype
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -21,12 +21,13 @@ def rotate_and_write(
     slots_T: jax.Array,
     num_tokens: jax.Array,
     *,
+    dtype: DTypeLike,
     q_norm_H: jax.Array | None = None,
     k_norm_H: jax.Array | None = None,
     eps: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     P, T, X, H = qkv_PTXH.shape
-    pages, dtype = kv_pages_PB2KH, heads_dtype(qkv_PTXH, kv_pages_PB2KH)
+    pages, dtype = kv_pages_PB2KH, jnp.dtype(dtype)
     if dtype not in DTYPES or pages.dtype not in DTYPES:
         raise NotImplementedError(f"{dtype} heads, {pages.dtype} pages")
     require_cuda()

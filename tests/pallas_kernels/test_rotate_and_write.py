@@ -28,10 +28,10 @@ def check(backend: ModuleType, case: Case) -> None:
         parts = parts.astype(case.dtype)
     qkv = parts.astype(np.float64).sum(0)
     norms = None if given.norms_2H is None else given.norms_2H.astype(case.dtype)
-    run = jax.jit(backend.rotate_and_write, static_argnames="eps", donate_argnums=3)
+    run = jax.jit(backend.rotate_and_write, static_argnames=("dtype", "eps"), donate_argnums=3)
     q, new_pages = run(
         parts, given.cos_TR, given.sin_TR, jnp.asarray(pages), given.slots_T,
-        np.int32(case.num_tokens), eps=EPS,
+        np.int32(case.num_tokens), dtype=case.dtype, eps=EPS,
         **({} if norms is None else dict(q_norm_H=norms[0], k_norm_H=norms[1])),
     )  # fmt: skip
     assert q.dtype == case.dtype and new_pages.dtype == pages.dtype
