@@ -30,6 +30,7 @@ PRODUCTS = {  # of a layer of Llama-3.1-8B: (outputs, depth, gated)
     "o": (4096, 4096, False),
     "gate_up": (14336, 4096, True),
     "down": (4096, 14336, False),
+    "head": (128256, 4096, False),
 }
 ROWS = (1, 8, 32, 64, 128)
 EXPERTS = {  # (experts, top_k, embed, mlp)
@@ -52,18 +53,22 @@ def main() -> None:
 
 def products() -> None:
     for name, (outputs, depth, gated) in PRODUCTS.items():
-        copies = max(8, int(400e6 / (outputs * depth)))
+        copies = max(3, int(400e6 / (outputs * depth)))
         weights = [normal(i, (outputs * (1 + gated), depth)) for i in range(copies)]
         for rows in ROWS:
             xs = [normal(100 + i, (rows, depth)) for i in range(copies)]
+            is_head = outputs >= linear_gpu.MIN_HEAD_OUTPUTS
+            dtype = jnp.float32 if is_head else jnp.bfloat16
             kernel = linear_gpu.silu_linear if gated else linear_gpu.linear_parts
+            if is_head:
+                kernel = functools.partial(linear_gpu.linear, out_dtype=dtype)
             floor = weights[0].nbytes / BYTES_PER_US
             line = f"{name} x {rows}: floor {floor:.1f} us"
-            if gated or rows <= linear_gpu.MAX_PARTS_ROWS:
+            if gated or is_head or rows <= linear_gpu.MAX_PARTS_ROWS:
                 line += f", ours {time_calls(kernel, zip(xs, weights, strict=True)):.1f}"
             for label, is_triton in (("XLA", True), ("cuBLASLt", False)):
                 us = time_calls(
-                    functools.partial(plain_product, gated=gated),
+                    functools.partial(plain_product, gated=gated, dtype=dtype),
                     zip(xs, weights, strict=True),
                     xla_gpu_enable_triton_gemm=is_triton,
                 )
@@ -71,8 +76,8 @@ def products() -> None:
             print(line, flush=True)
 
 
-def plain_product(x_TD: jax.Array, w_FD: jax.Array, *, gated: bool) -> jax.Array:
-    y_TF = jax.lax.dot_general(x_TD, w_FD, (((1,), (1,)), ((), ())))
+def plain_product(x_TD: jax.Array, w_FD: jax.Array, *, gated: bool, dtype: Any) -> jax.Array:
+    y_TF = jax.lax.dot_general(x_TD, w_FD, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
     return silu_mul(y_TF) if gated else y_TF
 
 

@@ -67,6 +67,7 @@ def main() -> None:
         llm.wait_until_compiled()
         print(f"ready after {ready:.1f} s, all executables {time.perf_counter() - started:.1f} s")
         rows = measure(llm, config["vocab_size"], options)
+        report_memory(llm)
         for case in options.kernels:
             batch, length = map(int, case.split("x"))
             print(f"kernels of decode {case}")
@@ -97,6 +98,17 @@ def measure(llm: LLM, vocab_size: int, options: argparse.Namespace) -> dict[str,
             rows[f"{kind} {case}"] = ms
             print(f"{kind} {case}: {ms:.2f} ms", flush=True)
     return rows
+
+
+def report_memory(llm: LLM) -> None:
+    """The memory plan beside what the device says now that the largest steps have run."""
+    plan = llm._core.runner.memory_plan()
+    stats: Any = llm._core.runner.blueprint.device.memory_stats()
+    peak = stats["peak_bytes_in_use"]
+    print(plan.table())
+    print(
+        f"the device's peak is {peak / 2**20:,.1f} MiB, {peak / plan.peak - 1:+.2%} of the plan's"
+    )
 
 
 def best(

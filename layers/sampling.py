@@ -7,12 +7,15 @@ temperature, min_p, top_k, top_p, draw.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.argmax_rows.api import argmax_rows
 from jengine.pallas_kernels.top_k_rows.api import top_k_rows
+
+ROWS_AT_ONCE = 64  # of logits that are sampled otherwise than greedily
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +81,9 @@ def sample(
     peak_S = jnp.take_along_axis(logits_SV, best_S[:, None], axis=1)[:, 0]
     ids_S = jax.lax.cond(
         inputs.any_special,
-        lambda: _sample_special(logits_SV, rows, inputs),
+        lambda: _in_blocks(
+            lambda logits_SV, inputs: _sample_special(logits_SV, rows, inputs), logits_SV, inputs
+        ),
         lambda: best_S,
     )
     return ids_S, jnp.isfinite(peak_S)
@@ -90,7 +95,7 @@ def logprobs(logits_SV: jax.Array, ids_S: jax.Array, num_top: int, wanted: jax.A
     """
     num_seqs = logits_SV.shape[0]
 
-    def compute() -> Logprobs:
+    def compute(logits_SV: jax.Array, ids_S: jax.Array) -> Logprobs:
         logp_SV = jax.nn.log_softmax(logits_SV, axis=-1)
         chosen_S = jnp.take_along_axis(logp_SV, ids_S[:, None], axis=1)[:, 0]
         rank_S = jnp.sum(logp_SV > chosen_S[:, None], axis=-1, dtype=jnp.int32) + 1
@@ -105,7 +110,7 @@ def logprobs(logits_SV: jax.Array, ids_S: jax.Array, num_top: int, wanted: jax.A
             jnp.zeros((num_seqs, num_top), jnp.float32),
         )
 
-    return jax.lax.cond(wanted, compute, skip)
+    return jax.lax.cond(wanted, lambda: _in_blocks(compute, logits_SV, ids_S), skip)
 
 
 def count_sampled(
@@ -163,6 +168,31 @@ def _sample_special(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs
     noisy_SV = x_SV + _gumbel(inputs, x_SV.shape[1])
     drawn_S = argmax_rows(jnp.where(x_SV >= lowest_S[:, None], noisy_SV, -jnp.inf))
     return jnp.where(greedy_S, best_S, drawn_S)
+
+
+def _in_blocks(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, rows by rows: what it makes of [S, V] floats in between would otherwise be
+    reserved for all sequences at once, 150 MB each for 256 of a large vocabulary. Scalars belong to
+    all rows.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    num_rows = leaves[0].shape[0]
+    if num_rows <= ROWS_AT_ONCE or num_rows % ROWS_AT_ONCE:
+        return function(*args)
+
+    def of_block(i: jax.Array) -> tuple[jax.Array, Any]:
+        # Rows are gathered: a GPU copies slices at an offset that is data outside of any graph.
+        row_B = i * ROWS_AT_ONCE + jnp.arange(ROWS_AT_ONCE, dtype=jnp.int32)
+        block = [leaf.at[row_B].get(mode="clip") if leaf.ndim else leaf for leaf in leaves]
+        return row_B, function(*jax.tree.unflatten(structure, block))
+
+    def run(i: jax.Array, results: Any) -> Any:
+        row_B, of_rows = of_block(i)
+        return jax.tree.map(lambda all_, part: all_.at[row_B].set(part), results, of_rows)
+
+    shapes = jax.eval_shape(of_block, jnp.int32(0))[1]
+    results = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), shapes)
+    return jax.lax.fori_loop(0, num_rows // ROWS_AT_ONCE, run, results)
 
 
 def _adjust(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> jax.Array:

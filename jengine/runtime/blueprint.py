@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jengine.config import EngineConfig, cache_root, xla_flags
 from jengine.kv_spec import KVGroup, build_groups
-from jengine.layers.param import abstract_parameters
+from jengine.layers.param import ParamInfo, abstract_parameters
 from jengine.loading import dummy
 from jengine.models.loader import ModelDefinition
+from jengine.pallas_kernels.linear.triton_gpu import MAX_HEAD_ROWS
 from jengine.pallas_kernels.native import loader as native
+from jengine.pallas_kernels.platform import is_hopper
 from jengine.runtime import memory, xla_options
 from jengine.runtime.aot import (
     Artifacts,
@@ -48,7 +50,6 @@ from jengine.runtime.shapes import (
     abstract_kv,
     abstract_leaf,
     abstract_rows,
-    largest_bytes,
     num_bytes,
 )
 from jengine.runtime.step import StepSpec
@@ -138,7 +139,13 @@ def draw_blueprint(
         placement=placement,
     )
     store = artifacts.store(_program_facts(model, table, device))
-    num_pages = _plan_pages(config, model, table, device_memory, device, store)
+    reserve = memory.reserve_bytes(
+        device_memory,
+        largest_tuned_bytes(
+            abstract.values(), buckets, is_hopper() and model.cfg.dtype == "bfloat16"
+        ),
+    )
+    num_pages = _plan_pages(config, model, table, device_memory, reserve, device, store)
     table = with_pages(table, num_pages)
     options = artifacts.options | xla_options.tuning_cache(
         device.platform, artifacts.cache("autotune")
@@ -153,10 +160,27 @@ def draw_blueprint(
         buckets=buckets,
         max_decode_steps=max_steps,
         num_pages=num_pages,
-        reserve=memory.reserve_bytes(device_memory, largest_bytes(leaves)),
+        reserve=reserve,
         table=table,
         programs=Programs(table, all_programs(buckets), store.inside(inside), options),
     )
+
+
+def largest_tuned_bytes(
+    parameters: Iterable[ParamInfo], buckets: Sequence[Bucket], has_own_head: bool
+) -> int:
+    """Bytes of the largest parameter that XLA multiplies by in a program compiled while we serve.
+
+    Not those of routed experts, which have a kernel of their own; nor the output head's, if it has
+    one (`has_own_head`): with more rows than that takes, the essential programs have tuned it.
+    """
+    essential = {bucket.num_seqs for bucket in essential_buckets(buckets)}
+    is_head_tuned = not has_own_head or any(
+        bucket.num_seqs > MAX_HEAD_ROWS and bucket.num_seqs not in essential for bucket in buckets
+    )
+    left_out = {"experts"} if is_head_tuned else {"experts", "vocab"}
+    tuned = [p.num_bytes for p in parameters if left_out.isdisjoint(p.logical_axes)]
+    return max(tuned, default=0)
 
 
 def open_artifacts(config: EngineConfig, device: jax.Device) -> Artifacts:
@@ -204,7 +228,13 @@ def _step_spec(
     graphdef, state = nnx.split(model.module)
     num_top = config.max_logprobs if config.max_logprobs > 0 else DEFAULT_TOP
     num_top = min(num_top, model.cfg.vocab_size)
-    return StepSpec(graphdef, jax.tree.structure(state), groups, num_top)
+    return StepSpec(
+        graphdef,
+        jax.tree.structure(state),
+        groups,
+        num_logprobs=num_top,
+        keeps_logits=config.max_logprobs < 0,
+    )
 
 
 def _layout(
@@ -226,14 +256,14 @@ def _plan_pages(
     model: ModelDefinition,
     table: ProgramTable,
     device_memory: DeviceMemory,
+    reserve: int,
     device: jax.Device,
     store: ExecutableStore,
 ) -> tuple[int, ...]:
     def plan(workspace: int) -> tuple[int, ...]:
         free = device_memory.pool - num_bytes(table.leaves) - workspace
         if device_memory.is_planned:
-            free -= num_bytes(table.rows)
-            free -= memory.reserve_bytes(device_memory, largest_bytes(table.leaves))
+            free -= num_bytes(table.rows) + reserve
         return memory.plan_pages(
             table.spec.groups,
             config.cache,
@@ -297,4 +327,5 @@ def _program_facts(
         "groups": repr(table.spec.groups),
         "layout": repr(anywhere),
         "num_logprobs": table.spec.num_logprobs,
+        "keeps_logits": table.spec.keeps_logits,
     }

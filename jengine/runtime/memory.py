@@ -22,7 +22,7 @@ CPU_KV_BYTES = 1 << 30
 OUTSIDE_SHARE = 0.01
 # Pages are counted from a multiple of this, so that two hosts with cards of one kind, whose totals
 # differ by some megabytes, come to the same number: it is part of every stored executable's key.
-ROUNDING_BYTES = 256 << 20
+ROUNDING_BYTES = 64 << 20
 # Kept free in the pool beside the largest parameter: see `reserve_bytes`.
 RESERVE_BYTES = 512 << 20
 # States (of linear attention) planned for each request that may run: it holds two at most, and as
@@ -153,13 +153,14 @@ def device_memory(device: jax.Device, cache: CacheConfig) -> DeviceMemory:
     return DeviceMemory(pool - taken + int(total * OUTSIDE_SHARE), pool - taken, is_planned=True)
 
 
-def reserve_bytes(device: DeviceMemory, largest_parameter: int) -> int:
+def reserve_bytes(device: DeviceMemory, largest_tuned: int) -> int:
     """Kept free in the pool.
 
     Buckets that are compiled while we serve are tuned meanwhile: XLA times matrix products on
-    copies of their operands. And a tuned kernel's temporaries may exceed the figure planned with.
+    copies of their operands, of which the largest parameter has `largest_tuned` bytes. And a tuned
+    kernel's temporaries may exceed the figure planned with.
     """
-    return RESERVE_BYTES + largest_parameter if device.is_planned else 0
+    return RESERVE_BYTES + largest_tuned if device.is_planned else 0
 
 
 def plan_pages(

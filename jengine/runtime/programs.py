@@ -98,7 +98,8 @@ class ProgramTable:
 
     def _step(self, name: str) -> Program:
         layout = self._layouts_by_name[name]
-        output = StepOutput(0, _SCORES, 0, 0)  # type: ignore[arg-type]
+        logits = 0 if self.spec.keeps_logits else None
+        output = StepOutput(0, _SCORES, logits, 0)  # type: ignore[arg-type]
         masks = _i32(*layout.mask_shape)
         arguments = (self.leaves, self.kv, self.rows, _i32(layout.size), masks)
         step = build_step(self.spec, layout)

@@ -103,7 +103,7 @@ class PromptScorer:
 class _HostTable:
     """Host view of `Logprobs`; whole-vocabulary rows are made from logits when asked for."""
 
-    def __init__(self, scores: Logprobs, logits: jax.Array, num_top: int) -> None:
+    def __init__(self, scores: Logprobs, logits: jax.Array | None, num_top: int) -> None:
         self._chosen, self._rank = np.asarray(scores.chosen), np.asarray(scores.rank)
         self._top_ids, self._top_values = np.asarray(scores.top_ids), np.asarray(scores.top_values)
         self._logits = logits

@@ -51,7 +51,3 @@ def abstract_rows(
 def num_bytes(tree: Any) -> int:
     """Of arrays, concrete or abstract."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def largest_bytes(tree: Any) -> int:
-    return max(map(num_bytes, jax.tree.leaves(tree)))

@@ -35,7 +35,7 @@ class StepOutput:
 
     sampled: jax.Array  # i32[2, steps, S]: token ids; 1 where the row's logits are finite
     logprobs: Logprobs
-    logits: jax.Array  # f32[S, V], raw
+    logits: jax.Array | None  # f32[S, V], raw; of an engine that `keeps_logits`
     hidden: jax.Array  # [T, D] after the last norm
 
 
@@ -47,6 +47,7 @@ class StepSpec:
     params_treedef: Any
     groups: tuple[KVGroup, ...]
     num_logprobs: int
+    keeps_logits: bool  # for log-probabilities of the whole vocabulary, which the host computes
 
     @property
     def group_of_layer(self) -> tuple[int, ...]:
@@ -123,7 +124,8 @@ def build_step(
         # the graph.
         any_logprobs = batch.sampling.any_logprobs
         scores = logprobs(last.logits, last.sampled[0], spec.num_logprobs, any_logprobs)
-        return kv, rows, StepOutput(sampled, scores, last.logits, last.hidden)
+        logits_SV = last.logits if spec.keeps_logits else None
+        return kv, rows, StepOutput(sampled, scores, logits_SV, last.hidden)
 
     return step
 

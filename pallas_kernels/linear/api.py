@@ -9,7 +9,7 @@ from jengine.pallas_kernels.dispatch import first_of
 from jengine.pallas_kernels.linear import cpu_ffi, reference, triton_gpu, xla_gpu
 from jengine.pallas_kernels.silu_mul.api import silu_mul
 
-_linear = first_of(cpu_ffi.linear, xla_gpu.linear, reference.linear)
+_linear = first_of(cpu_ffi.linear, triton_gpu.linear, xla_gpu.linear, reference.linear)
 
 
 def linear(

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jengine.pallas_kernels.platform import is_hopper
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
 MAX_PARTS_ROWS = 64  # with more, cuBLASLt's own splitting is faster
 MAX_GATED_ROWS = 128
+MAX_HEAD_ROWS = 128
 MIN_DEPTH = 512  # of a split
 MIN_PROGRAMS = 192  # one and a half for each multiprocessor
 TILE_OUTPUTS = 64
+MIN_HEAD_OUTPUTS = 4 * MIN_PROGRAMS * TILE_OUTPUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,25 @@ def split_count(outputs: int, depth: int, tile_depth: int) -> int:
     return best
 
 
+def linear(
+    x_TD: jax.Array,
+    w_FD: jax.Array,
+    bias_F: jax.Array | None = None,
+    *,
+    num_tokens: jax.Array | None = None,
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """Of so many outputs that their tiles alone fill the device: an output head. XLA tunes its own
+    kernels on copies of their operands, which for a head are a gigabyte.
+    """
+    del num_tokens  # padding rows are computed like the rest
+    F = w_FD.shape[0]
+    if bias_F is not None or F < MIN_HEAD_OUTPUTS:
+        raise NotImplementedError(f"{F} outputs")
+    _require_few_rows(x_TD, w_FD, MAX_HEAD_ROWS)
+    return _multiply(x_TD, w_FD, F, tiling(*x_TD.shape), 1, gated=False, out_dtype=out_dtype)[0]
+
+
 def linear_parts(
     x_TD: jax.Array, w_FD: jax.Array, *, num_tokens: jax.Array | None = None
 ) -> jax.Array:
@@ -80,13 +102,20 @@ def _require_few_rows(x_TD: jax.Array, w_FD: jax.Array, max_rows: int) -> None:
 
 
 def _multiply(
-    x_TD: jax.Array, w_FD: jax.Array, outputs: int, tile: Tiling, splits: int, *, gated: bool
+    x_TD: jax.Array,
+    w_FD: jax.Array,
+    outputs: int,
+    tile: Tiling,
+    splits: int,
+    *,
+    gated: bool,
+    out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """[splits, T, outputs]: in float32 if they are summands, else in the dtype of `x`."""
+    """[splits, T, outputs]: summands in float32, or the result in `out_dtype` (that of `x`)."""
     from jengine.pallas_kernels.linear.triton_kernels import multiply_rows
 
     T, D = x_TD.shape
-    dtype = jnp.float32 if splits > 1 else x_TD.dtype
+    dtype = jnp.float32 if splits > 1 else out_dtype or x_TD.dtype
     return triton_call(
         multiply_rows,
         (x_TD, w_FD),

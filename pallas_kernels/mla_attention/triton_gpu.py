@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.platform import require_cuda
-from jengine.pallas_kernels.ragged_paged_attention.triton_gpu import NUM_MULTIPROCESSORS
+from jengine.pallas_kernels.ragged_paged_attention.triton_gpu import (
+    programs_at_once,
+    splits_at_once,
+)
 from jengine.pallas_kernels.ragged_paged_attention.work import (
     MAX_SPLITS,
     Splits,
     plan_splits,
     plan_tiles,
+    splits_to_fill,
 )
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
@@ -38,7 +42,7 @@ def decode_tiling(num_heads: int, itemsize: int) -> Tiling:
     if itemsize == 4:
         return Tiling(16, 16, 16, Schedule(4, 2))
     if heads == 16:
-        return Tiling(16, 16, 32, Schedule(4, 3), 3)
+        return Tiling(16, 16, 32, Schedule(4, 3), 2)
     return Tiling(heads, heads, 32, Schedule(8, 3))
 
 
@@ -141,20 +145,15 @@ def attend(
             },
             schedule=tile.schedule,
         )
-    splits = plan_splits(
-        cu_q_lens_S1, kv_lens_S, num_seqs, None, smallest=min_split(len(kv_lens_S))
+    tile = decode_tiling(N, itemsize)
+    spread = splits_to_fill(
+        programs_at_once(tile.programs_per_multiprocessor), -(-N // tile.heads), len(kv_lens_S)
     )
+    splits = plan_splits(cu_q_lens_S1, kv_lens_S, num_seqs, None, spread)
     out_TNC = _decode(
         q_TNE, pages_PBE, page_table_SM, cu_q_lens_S1, splits, prior_TNC, itemsize, constants
     )
     return out_TNC, lse_TN
-
-
-def min_split(num_seqs: int) -> int:
-    """Fewest positions in a split. All heads are one program's: a context needs more of them than
-    in `ragged_paged_attention`, where each KV head has its own.
-    """
-    return 64 if num_seqs <= 4 else 128 if num_seqs <= 32 else 256
 
 
 def _decode(
@@ -174,9 +173,7 @@ def _decode(
     (T, N, _), C = q_TNE.shape, constants["C"]
     tile = decode_tiling(N, itemsize)
     W, S = splits.items.shape[0], page_table_SM.shape[0]
-    num_programs = min(
-        W * -(-N // tile.heads), NUM_MULTIPROCESSORS * tile.programs_per_multiprocessor
-    )
+    programs = min(W * -(-N // tile.heads), programs_at_once(tile.programs_per_multiprocessor))
     out_shape = jax.ShapeDtypeStruct((T, N, C), q_TNE.dtype)
     out, acc, top, total = triton_call(
         decode_latent_split,
@@ -195,9 +192,8 @@ def _decode(
             jax.ShapeDtypeStruct((W, N), jnp.float32),
             jax.ShapeDtypeStruct((W, N), jnp.float32),
         ],
-        grid=(num_programs,),
-        constants=constants
-        | {"HEADS": tile.heads, "BLOCK": tile.block, "NUM_PROGRAMS": num_programs},
+        grid=(programs,),
+        constants=constants | {"HEADS": tile.heads, "BLOCK": tile.block, "NUM_PROGRAMS": programs},
         schedule=tile.schedule,
         aliases={} if prior_TNC is None else {6: 0},
     )
@@ -214,6 +210,7 @@ def _decode(
             "HP": constants["CP"],
             "GP": N // groups,
             "MAX_SPLITS": MAX_SPLITS,
+            "CHUNK": splits_at_once(N // groups * out_shape.shape[2]),
             "IS_DECODE": prior_TNC is None,
             "HAS_SINKS": False,
         },

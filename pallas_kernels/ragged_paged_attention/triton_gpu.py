@@ -15,6 +15,7 @@ from jengine.pallas_kernels.ragged_paged_attention.work import (
     plan_full_tiles,
     plan_splits,
     plan_tiles,
+    splits_to_fill,
 )
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
@@ -33,6 +34,11 @@ class Tiling:
     block: int
     schedule: Schedule
     programs_per_multiprocessor: int = 1
+
+
+def programs_at_once(per_multiprocessor: int) -> int:
+    """Programs that run at a time, each on one piece of work after the other."""
+    return NUM_MULTIPROCESSORS * per_multiprocessor
 
 
 def decode_tiling(head_dim: int, itemsize: int) -> Tiling:
@@ -82,7 +88,12 @@ def ragged_paged_attention(
         raise NotImplementedError(f"head dim {H}: must be a multiple of 8 up to {MAX_HEAD_DIM}")
     require_cuda()
     num_seqs = jnp.asarray(num_seqs, jnp.int32)
-    splits = plan_splits(cu_q_lens_S1, kv_lens_S, num_seqs, window)
+    spread = splits_to_fill(
+        programs_at_once(decode_tiling(H, dtype.itemsize).programs_per_multiprocessor),
+        K,
+        page_table_SM.shape[0],
+    )
+    splits = plan_splits(cu_q_lens_S1, kv_lens_S, num_seqs, window, spread)
     sinks_N = kv_lens_S if sinks_N is None else sinks_N.astype(jnp.float32)
     constants = {
         "N": N,
@@ -189,7 +200,7 @@ def _decode(
     tiling = decode_tiling(H, kv_pages.dtype.itemsize)
     group = max(tiling.rows, _power_of_two(N // K))
     W, S = splits.items.shape[0], page_table_SM.shape[0]
-    num_programs = min(W * K, NUM_MULTIPROCESSORS * tiling.programs_per_multiprocessor)
+    programs = min(W * K, programs_at_once(tiling.programs_per_multiprocessor))
     out, acc, top, total = triton_call(
         decode_split,
         (
@@ -208,8 +219,8 @@ def _decode(
             jax.ShapeDtypeStruct((W, N), jnp.float32),
             jax.ShapeDtypeStruct((W, N), jnp.float32),
         ],
-        grid=(num_programs,),
-        constants=constants | {"GP": group, "BLOCK": tiling.block, "NUM_PROGRAMS": num_programs},
+        grid=(programs,),
+        constants=constants | {"GP": group, "BLOCK": tiling.block, "NUM_PROGRAMS": programs},
         schedule=tiling.schedule,
         aliases={} if prior_TNH is None else {7: 0},
     )
@@ -222,11 +233,17 @@ def _decode(
         | {
             "GP": _power_of_two(N // K),
             "MAX_SPLITS": MAX_SPLITS,
+            "CHUNK": splits_at_once(_power_of_two(N // K) * _power_of_two(H)),
             "IS_DECODE": prior_TNH is None,
         },
         schedule=Schedule(4, 1),
         aliases={6: 0},
     )[0]
+
+
+def splits_at_once(tile: int) -> int:
+    """Splits, each a tile of so many numbers, that one program holds in registers."""
+    return max(1, min(8, 4096 // tile))
 
 
 def _power_of_two(n: int) -> int:

@@ -182,6 +182,7 @@ def combine_splits(
     HP: tl.constexpr,
     GP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,  # splits read at once
     IS_DECODE: tl.constexpr,  # rows without work are padding, and become zero
     HAS_SINKS: tl.constexpr,
 ):
@@ -204,14 +205,19 @@ def combine_splits(
         top = tl.max(tl.load(top_ptr + at, mask=is_split, other=NEVER), 0)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, HP], tl.float32)
-        for split in range(num_splits):
-            partial = (first + split) * N + heads
-            weight = tl.exp2(tl.load(top_ptr + partial, mask=rows < G, other=NEVER) - top)
-            total += tl.load(total_ptr + partial, mask=rows < G, other=0.0) * weight
-            part = tl.load(
-                acc_ptr + partial[:, None] * H + offsets_h[None, :], mask=in_tile, other=0.0
+        for chunk in range(0, num_splits, CHUNK):
+            split = chunk + tl.arange(0, CHUNK)
+            partial = (first + split)[:, None] * N + heads[None, :]
+            is_part = (split < num_splits)[:, None] & (rows < G)[None, :]
+            weight = tl.exp2(tl.load(top_ptr + partial, mask=is_part, other=NEVER) - top[None, :])
+            totals = tl.load(total_ptr + partial, mask=is_part, other=0.0)
+            parts = tl.load(
+                acc_ptr + partial[:, :, None] * H + offsets_h[None, None, :],
+                mask=is_part[:, :, None] & (offsets_h < H)[None, None, :],
+                other=0.0,
             )
-            acc += part * weight[:, None]
+            total += tl.sum(totals * weight, 0)
+            acc += tl.sum(parts * weight[:, :, None], 0)
         sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else top
         out = finish(top, total, acc, sink, HAS_SINKS)
         tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MAX_SPLITS = 32
+MAX_SPLITS = 32  # of a context
+SPLIT_BLOCK = 64  # positions; kernels read as many at once, or a fraction
+MIN_BLOCKS, MAX_BLOCKS = 2, 32  # of a split; more only in contexts of more than 32 times as many
 
 
 class Splits(NamedTuple):
@@ -35,51 +37,42 @@ def plan_splits(
     kv_lens_S: jax.Array,
     num_seqs: jax.Array,
     window: int | None,
-    smallest: int | None = None,
+    spread: int,
 ) -> Splits:
-    """Splits of the sequences with one new token, of no fewer positions than `smallest`
-    (`min_split` by default).
+    """Splits of the sequences with one new token: equal but for a block, so that the programs that
+    work on them end together.
+
+    A context is cut into `spread` splits where it is long enough: what it takes to fill the device
+    (`splits_to_fill`). Longer splits than `MAX_BLOCKS` there are none, up to `MAX_SPLITS` of them.
     """
     S = kv_lens_S.shape[0]
     is_decode_S = (jnp.diff(cu_q_lens_S1) == 1) & (jnp.arange(S, dtype=jnp.int32) < num_seqs)
     begin_S = jnp.zeros_like(kv_lens_S)
     if window is not None:
         begin_S = jnp.maximum(kv_lens_S - window, 0)
-    size_S = split_size(kv_lens_S, smallest or min_split(S))
-    first_page_S, last_page_S = begin_S // size_S, -(-kv_lens_S // size_S)
-    count_S = jnp.where(is_decode_S, last_page_S - first_page_S, 0)
+    first_block_S = begin_S // SPLIT_BLOCK
+    blocks_S = -(-kv_lens_S // SPLIT_BLOCK) - first_block_S
+    count_S = jnp.maximum(
+        -(-blocks_S // MAX_BLOCKS), jnp.minimum(spread, blocks_S // MIN_BLOCKS)
+    ).clip(1, MAX_SPLITS)
+    count_S = jnp.where(is_decode_S & (kv_lens_S > 0), count_S, 0)
     first_S1 = _exclusive_sums(count_S)
     item_W = jnp.arange(S * MAX_SPLITS, dtype=jnp.int32)
     sequence_W = _owner(first_S1, item_W)
-    size_W = size_S[sequence_W]
-    start_W = (item_W - first_S1[sequence_W] + first_page_S[sequence_W]) * size_W
-    items = jnp.stack(
-        [
-            sequence_W,
-            jnp.maximum(start_W, begin_S[sequence_W]),
-            jnp.minimum(start_W + size_W, kv_lens_S[sequence_W]),
-            count_S[sequence_W],
-        ],
-        axis=1,
-    )
+    split_W = item_W - first_S1[sequence_W]
+
+    def edge(split_W: jax.Array) -> jax.Array:
+        count_W = jnp.maximum(count_S[sequence_W], 1)
+        block_W = split_W * blocks_S[sequence_W] // count_W + first_block_S[sequence_W]
+        return jnp.clip(block_W * SPLIT_BLOCK, begin_S[sequence_W], kv_lens_S[sequence_W])
+
+    items = jnp.stack([sequence_W, edge(split_W), edge(split_W + 1), count_S[sequence_W]], axis=1)
     return Splits(items, first_S1[-1:], first_S1)
 
 
-def split_size(kv_lens_S: jax.Array, smallest: int) -> jax.Array:
-    """Positions in a split: a power of two that gives at most `MAX_SPLITS` of them."""
-    # What a split costs by itself is saved where a context needs none.
-    size_S = jnp.where(kv_lens_S <= 2 * smallest, 2 * smallest, smallest)
-    for power in range(smallest.bit_length(), 26):
-        half = 1 << (power - 1)
-        size_S = jnp.where(kv_lens_S > half * MAX_SPLITS, 1 << power, size_S)
-    return size_S
-
-
-def min_split(num_seqs: int) -> int:
-    """Fewest positions in a split. Many sequences fill the device without (64 of 1,024 positions
-    take 98 us whole, 105 and 4 to add up in splits of 256); a few need them.
-    """
-    return 256 if num_seqs <= 32 else 512
+def splits_to_fill(num_programs: int, items_per_split: int, num_seqs: int) -> int:
+    """Splits of each sequence that keep all programs of a device at work, with one item each."""
+    return max(1, num_programs // (items_per_split * num_seqs))
 
 
 def plan_tiles(

@@ -1,6 +1,7 @@
 """The sampler against a sorting float64 oracle, and its independence of the batch."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 
 import jax
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jengine.core.plan import ScheduledRequest, StepPlan
+from jengine.layers import sampling
 from jengine.layers.sampling import (
     RowState,
     count_sampled,
@@ -187,6 +189,26 @@ def test_a_draw_does_not_depend_on_its_neighbours() -> None:
     assert together.tolist() == alone
     other, _, _ = run([Row(SamplingParams(temperature=0), [3], []), *rows[1:]], logits)
     assert other[1:].tolist() == together[1:].tolist()
+
+
+def test_rows_in_blocks_draw_what_they_draw_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(8, seed=12)
+    rows = [Row(p, [5, 8], [21, 22], seed=i * 31) for i, p in enumerate(list(CASES.values())[3:])]
+    rows[4] = dataclasses.replace(rows[4], constraint=mask_of([5, 50]))
+
+    def results() -> list[np.ndarray]:
+        jax.clear_caches()  # traces do not know the constant
+        ids, _, _ = run(rows, logits)
+        scores = logprobs(jnp.array(logits), jnp.array(ids), 3, jnp.bool_(True))
+        return [ids, *map(np.asarray, jax.tree.leaves(scores))]
+
+    together = results()
+    monkeypatch.setattr(sampling, "ROWS_AT_ONCE", 2)
+    for block, whole in zip(results(), together, strict=True):
+        np.testing.assert_array_equal(block, whole)
+    ids = jnp.zeros(8, jnp.int32)
+    jaxpr = jax.make_jaxpr(lambda x: logprobs(x, ids, 3, jnp.bool_(True)))(logits)
+    assert re.search(r"\b(while|scan)\[", str(jaxpr))
 
 
 def test_seed_and_position_both_matter() -> None:

@@ -21,7 +21,7 @@ class Driver:
 
     def __init__(self, model: Path | str, **kwargs) -> None:
         defaults = dict(dtype="float32", max_num_seqs=4, max_num_batched_tokens=64, poison=True,
-                        num_pages=64, keep_executables=False)  # fmt: skip
+                        num_pages=64, keep_executables=False, max_logprobs=-1)  # fmt: skip
         self.config = EngineConfig.from_kwargs(str(model), **(defaults | kwargs))
         self.runner = load_runner(self.config)
         self.loaded = self.runner.blueprint.model

@@ -128,7 +128,7 @@ def compile_step(
     module = model_class(cfg)
     graphdef, state = nnx.split(module)
     groups = kv_groups(config)
-    spec = StepSpec(graphdef, jax.tree.structure(state), groups, NUM_LOGPROBS)
+    spec = StepSpec(graphdef, jax.tree.structure(state), groups, NUM_LOGPROBS, keeps_logits=False)
     layout = BatchLayout(
         num_tokens=num_tokens,
         num_seqs=num_seqs,
@@ -252,8 +252,8 @@ def _read_thunks(folder: Path, hlo: str) -> tuple[Thunk, ...]:
         ancestors = tuple(kind for _, kind in nesting)
         size = 0
         if kind == "kCopy":
-            name = names[index]
-            size = sizes[name]
+            name = names.get(index, "")  # none in a branch of a conditional inside a loop
+            size = sizes.get(name, 0)
         thunks.append(Thunk(kind, name, size, ancestors))
         nesting.append((indentation, kind))
     return tuple(thunks)

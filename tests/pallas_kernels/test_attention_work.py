@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jengine.pallas_kernels.ragged_paged_attention.work import (
+    MAX_BLOCKS,
     MAX_SPLITS,
+    MIN_BLOCKS,
+    SPLIT_BLOCK,
     plan_full_tiles,
     plan_splits,
     plan_tiles,
@@ -35,10 +38,12 @@ def batch_of(lens: list[tuple[int, int]]) -> Batch:
 
 
 @settings(max_examples=60, deadline=None)
-@given(LENS, st.sampled_from((None, 1, 100, 1000)))
-def test_splits_cover_what_decodes_read(lens: list[tuple[int, int]], window: int | None) -> None:
+@given(LENS, st.sampled_from((None, 1, 100, 1000)), st.sampled_from((1, 4, 33)))
+def test_splits_cover_what_decodes_read(
+    lens: list[tuple[int, int]], window: int | None, spread: int
+) -> None:
     cu, kv, num_seqs, kept = batch_of(lens)
-    plan = jax.jit(plan_splits, static_argnums=3)(cu, kv, num_seqs, window)
+    plan = jax.jit(plan_splits, static_argnums=(3, 4))(cu, kv, num_seqs, window, spread)
     items, first = np.asarray(plan.items), np.asarray(plan.first)
     assert items.shape == (SEQS * MAX_SPLITS, 4)
     for s in range(SEQS):
@@ -52,12 +57,15 @@ def test_splits_cover_what_decodes_read(lens: list[tuple[int, int]], window: int
         assert len(mine) <= MAX_SPLITS
         edges = [begin, *mine[:, 2].tolist()]
         assert mine[:, 1].tolist() == edges[:-1] and edges[-1] == context
-        assert (mine[:, 2] > mine[:, 1]).all()
+        blocks = -(-mine[:, 2] // SPLIT_BLOCK) - mine[:, 1] // SPLIT_BLOCK
+        assert blocks.min() >= 1 and blocks.max() - blocks.min() <= 1
+        assert blocks.max() <= MAX_BLOCKS
+        assert len(mine) >= min(spread, MAX_SPLITS, blocks.sum() // MIN_BLOCKS)
 
 
 def test_cuts_of_a_context_do_not_depend_on_the_others() -> None:
-    alone = plan_splits(*batch_of([(1, 3000)])[:3], None)
-    among = plan_splits(*batch_of([(1, 77), (1, 3000), (1, 4999)])[:3], None)
+    alone = plan_splits(*batch_of([(1, 3000)])[:3], None, 4)
+    among = plan_splits(*batch_of([(1, 77), (1, 3000), (1, 4999)])[:3], None, 4)
     mine = np.asarray(among.items)[int(among.first[1]) : int(among.first[2]), 1:]
     np.testing.assert_array_equal(mine, np.asarray(alone.items)[: int(alone.first[1]), 1:])
 

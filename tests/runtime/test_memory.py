@@ -11,7 +11,10 @@ import pytest
 
 from jengine.config import CacheConfig, device_memory_share, set_device_memory_share
 from jengine.kv_spec import KVGroup, KVKind, KVSpec, build_groups
+from jengine.layers.param import ParamInfo
 from jengine.runtime import memory
+from jengine.runtime.blueprint import largest_tuned_bytes
+from jengine.runtime.buckets import Bucket
 from jengine.runtime.memory import (
     DeviceMemory,
     ExecutableMemory,
@@ -161,8 +164,8 @@ def test_what_others_hold_is_not_ours(no_share: pytest.MonkeyPatch) -> None:
     no_share.setenv(SHARES[0], "0.91")
     cache = CacheConfig(gpu_memory_utilization=0.92)
     free, taken = (device_memory(_gpu(0.91, in_use), cache) for in_use in (0, 300 * MIB))
-    assert free.pool - taken.pool == 512 * MIB  # in steps, so that pages stay the same
-    assert free.budget - taken.budget == 512 * MIB
+    assert free.pool - taken.pool == 320 * MIB  # in steps, so that pages stay the same
+    assert free.budget - taken.budget == 320 * MIB
 
 
 def test_another_allocator_is_not_planned_with(no_share: pytest.MonkeyPatch) -> None:
@@ -220,7 +223,7 @@ def test_pages_do_not_follow_every_megabyte() -> None:
             max_num_seqs=256,
         )
 
-    base = 200 * 256 * MIB
+    base = 800 * 64 * MIB
     assert pages(base + 5 * MIB) == pages(base + 60 * MIB) == pages(base)
     assert pages(base)[0] * 16 * 2 * 4 * 64 * 2 <= base
     assert pages(base - 1) < pages(base)
@@ -247,3 +250,17 @@ def test_the_table_adds_up() -> None:
     assert lines["outside the pool (CUDA)"] == "1,000.0"
     assert lines["total"] == "74,816.0"
     assert lines["budget"] == "80,000.0"
+
+
+def test_the_largest_parameter_tuned_while_serving() -> None:
+    parameters = [
+        ParamInfo((1000, 8), "bfloat16", ("vocab", "embed")),
+        ParamInfo((4, 500, 8), "bfloat16", ("experts", "mlp", "embed")),
+        ParamInfo((50, 8), "bfloat16", ("mlp", "embed")),
+    ]
+    few = [Bucket(1, 1), Bucket(64, 64), Bucket(256, 256), Bucket(512, 256)]
+    assert largest_tuned_bytes(parameters, few, has_own_head=True) == 2 * 50 * 8
+    assert largest_tuned_bytes(parameters, few, has_own_head=False) == 2 * 1000 * 8
+    # 256 rows are too many for our kernel, and no essential bucket has as many.
+    many = [*few, Bucket(512, 512), Bucket(1024, 512)]
+    assert largest_tuned_bytes(parameters, many, has_own_head=True) == 2 * 1000 * 8

@@ -317,7 +317,7 @@ def test_planned_pages_fill_the_pool(machine: Machine) -> None:
     # Worked out from the model's shapes: what is left of the pool is less than a page.
     parameters = 4 * (2 * 128 * 64 + 128 * 64 + 64 * 64 + 192 * 64 + 64 * 96 + 3 * 64)
     rows = 2 * (4 + 128 * (4 + 1 + 4) + 4 * 128 // 8)
-    reserve = 512 * MIB + 4 * 192 * 64  # and the largest parameter
+    reserve = 512 * MIB + 4 * 192 * 64  # and the largest parameter that XLA multiplies by
     step = plan.table.lower("32x2").compile().memory_analysis()
     assert step is not None
     batch = 4 * plan.table.layouts[max(plan.buckets)].size
