@@ -22,6 +22,7 @@ class Bucket:
         return f"{self.num_tokens}x{self.num_seqs}"
 
 
+LONG_STEP = 4096  # tokens; between this and half of it padding costs up to 50 ms of a GPU's time
 FEW_SEQS = 8  # prefill of few sequences: most of its sampling rows would be padding
 
 
@@ -29,7 +30,8 @@ def build_buckets(
     compile_config: CompileConfig, scheduler: SchedulerConfig, growth: int = 4
 ) -> tuple[Bucket, ...]:
     """Decode buckets (one token a sequence, powers of two) and mixed buckets (any plan), whose
-    tokens grow by `growth` up to the scheduler's budget: every plan has a bucket.
+    tokens grow by `growth` (long ones by less) up to the scheduler's budget: every plan has a
+    bucket.
 
     Small steps of few sequences have mixed buckets of their own where `growth` is fine: a prompt of
     100 tokens must not pay for 500.
@@ -54,6 +56,8 @@ def _ladder(budget: int, most_seqs: int, growth: int) -> tuple[int, ...]:
     sizes = [budget]
     while sizes[-1] // growth >= smallest:
         sizes.append(sizes[-1] // growth)
+    if growth == 2:
+        sizes += [3 * size // 4 for size in sizes if size >= LONG_STEP]
     return tuple(sizes)
 
 

@@ -82,12 +82,26 @@ def test_products_of_few_rows(
     splits = 1 if gated else triton_gpu.split_count(outputs, depth, tile.depth)
     assert depth % splits == 0 and depth // splits % tile.depth == 0
     constants = {
-        "T": tokens, "F": outputs, "D": depth, "BF": triton_gpu.TILE_OUTPUTS, "BT": tile.tokens,
+        "T": tokens, "F": outputs, "D": depth, "BF": tile.outputs, "BT": tile.tokens,
         "BK": tile.depth, "SPLITS": splits, "GATED": gated, "STAGES": tile.schedule.num_stages,
     }  # fmt: skip
     out = "*bf16" if splits == 1 else "*fp32"
     compiled = compile_for_hopper(multiply_rows, ("*bf16", "*bf16", out), constants, tile.schedule)
     check_streams(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 128])
+def test_heads(tokens: int, tmp_path: Path) -> None:
+    from jengine.pallas_kernels.linear import triton_gpu
+    from jengine.pallas_kernels.linear.triton_kernels import multiply_rows
+
+    tile = triton_gpu.head_tiling(tokens, 4096)
+    constants = {
+        "T": tokens, "F": 128256, "D": 4096, "BF": tile.outputs, "BT": tile.tokens,
+        "BK": tile.depth, "SPLITS": 1, "GATED": False, "STAGES": tile.schedule.num_stages,
+    }  # fmt: skip
+    pointers = ("*bf16", "*bf16", "*fp32")
+    check_streams(compile_for_hopper(multiply_rows, pointers, constants, tile.schedule), tmp_path)
 
 
 @pytest.mark.parametrize("kernel", PAIR_KERNELS)

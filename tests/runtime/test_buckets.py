@@ -29,10 +29,11 @@ def test_powers_of_two_end_with_the_limit() -> None:
 
 
 def test_fine_ladder_has_small_prompts() -> None:
-    scheduler = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=2048)
+    scheduler = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=4096)
     mixed = [str(b) for b in build_buckets(CompileConfig(), scheduler, growth=2) if not b.is_decode]
     assert mixed == [
         "64x8", "128x8", "256x8", "512x8", "512x256", "1024x8", "1024x256", "2048x8", "2048x256",
+        "3072x8", "3072x256", "4096x8", "4096x256",
     ]  # fmt: skip
 
 
