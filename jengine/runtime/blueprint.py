@@ -233,7 +233,7 @@ def _step_spec(
         jax.tree.structure(state),
         groups,
         num_logprobs=num_top,
-        keeps_logits=config.max_logprobs < 0,
+        keeps_logits=not 0 <= config.max_logprobs <= num_top,
     )
 
 

@@ -328,6 +328,13 @@ def test_planned_pages_fill_the_pool(machine: Machine) -> None:
     assert pool.pool - page < used <= pool.pool
 
 
+def test_logits_leave_the_step_only_where_somebody_may_ask_for_all(machine: Machine) -> None:
+    pool = DeviceMemory(budget=0, pool=0, is_planned=True)
+    for max_logprobs, expected in ((20, False), (0, False), (-1, True), (1000, True)):
+        config = machine.config(num_pages=30, max_logprobs=max_logprobs)
+        assert blueprint(config, pool).table.spec.keeps_logits == expected, max_logprobs
+
+
 def test_given_pages_need_no_measurement(machine: Machine) -> None:
     pool = DeviceMemory(budget=0, pool=0, is_planned=True)
     for given in (dict(num_pages=30), dict(kv_cache_memory_bytes=MIB)):
