@@ -27,6 +27,7 @@ LEAVES = frozenset(
         "outputs",
         "protocol",
         "structured_outputs",
+        "cluster",
     )
 )
 COMPAT = "jengine.jax_compat"  # the one place for private JAX names
