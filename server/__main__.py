@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from jengine.errors import ConfigurationError, ExitCode, JengineError
-from jengine.server import vllm_flags
+from jengine.server import follow, vllm_flags
 from jengine.server.bench.commands import bench
 from jengine.server.cli_options import EngineFlags, ServerFlags, takes
 from jengine.server.replica_flags import ReplicaFlags
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from jengine.server.settings import ServerSettings
 
 COMMANDS_WITH_VLLM_FLAGS = ("serve", "bench", "prebuild", "determinism")
-STDIN_FD = 0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 app = typer.Typer(
@@ -87,7 +86,10 @@ def supervise(
     make_command = replica_flags.command_maker(engine, server, context.command.params)
     settings, server_settings = flags.supervisor_settings(), server.build()
     _start_logs(server)
-    return run_supervisor(lambda: Supervisor(replicas, make_command, server_settings, settings))
+    return run_supervisor(
+        lambda: Supervisor(replicas, make_command, server_settings, settings),
+        follow_stdin=flags.follow_stdin,
+    )
 
 
 def run_server(
@@ -104,7 +106,7 @@ def run_server(
         server = ServerApp(config, settings, create_engine=create)
         server.install_signals()
         if follow_stdin:
-            server.follow(STDIN_FD)
+            follow.follow_stdin(server.request_stop)
 
         def report() -> None:
             logger.info(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -81,18 +80,6 @@ class ServerApp:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.request_stop)
-
-    def follow(self, descriptor: int) -> None:
-        """Drain when this end of a pipe ends: whoever held the other end is gone."""
-        loop = asyncio.get_running_loop()
-
-        def on_readable() -> None:
-            if not os.read(descriptor, 4096):
-                loop.remove_reader(descriptor)
-                logger.warning("standard input has ended: draining")
-                self.request_stop()
-
-        loop.add_reader(descriptor, on_readable)
 
     async def run(self, on_listening: Callable[[], None] | None = None) -> int:
         http_task = asyncio.create_task(self._http.serve()) if self._http else None

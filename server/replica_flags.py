@@ -109,7 +109,7 @@ class ReplicaFlags:
         _flag(
             "--follow-stdin",
             panel=_REPLICAS,
-            text="Drain when standard input ends: for children of a supervisor.",
+            text="Drain when standard input, a pipe, ends.",
             hidden=True,
         ),
     ] = False

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jengine.errors import ExitCode
+from jengine.server import follow
 from jengine.server.http_errors import json_response
 from jengine.server.http_server import QuietServer, open_socket
 from jengine.server.replica_process import ReplicaProcess, ReplicaStatus
@@ -170,12 +171,14 @@ def create_app(supervisor: Supervisor) -> Starlette:
     )
 
 
-def run_supervisor(supervisor_of: Callable[[], Supervisor]) -> int:
+def run_supervisor(supervisor_of: Callable[[], Supervisor], *, follow_stdin: bool = False) -> int:
     """Until a signal or the loss of a replica; returns the exit code."""
 
     async def supervise() -> int:
         supervisor = supervisor_of()
         supervisor.install_signals()
+        if follow_stdin:
+            follow.follow_stdin(supervisor.request_stop)
         return await supervisor.run()
 
     return asyncio.run(supervise())

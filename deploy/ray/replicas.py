@@ -2,7 +2,7 @@
 
 Ray places one supervisor on each node and notices when one is gone; requests do not pass through
 it. What the supervisors mean by their exit codes is docs/deployment.md's: after 75 they are started
-anew on all nodes, after 78 nothing would help. Ctrl-C drains.
+anew on all nodes, after 78 nothing would help. SIGTERM and Ctrl-C drain.
 """
 
 import argparse
@@ -26,6 +26,7 @@ def command_of(model: str, num_hosts: int, per_host: int, host: int, more: list[
         f"--nnodes={num_hosts}",
         f"--node-rank={host}",
         "--log-format=json",
+        "--follow-stdin",
         *more,
     ]
 
@@ -36,7 +37,8 @@ class Host:
     def start(self, command: list[str]) -> str:
         import ray
 
-        self._process = subprocess.Popen(command)
+        # Never written to: its end of file tells the supervisor that the actor is gone.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
         return ray.util.get_node_ip_address()
 
     def poll(self) -> int | None:
@@ -96,6 +98,9 @@ def main() -> int:
     import ray
 
     ray.init()
+    # After ray.init, which has handlers of its own; SIGINT may be ignored where we were started.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         while (code := serve_once(options, more)) == RESTART:
             time.sleep(PAUSE_SECONDS)

@@ -9,6 +9,7 @@ import sys
 
 from jengine.async_engine import AsyncEngine
 from jengine.config import EngineConfig
+from jengine.server import follow
 from jengine.server.app import ServerApp
 from jengine.server.settings import ServerSettings
 from tests.oracles.echo_core import FACTORY
@@ -27,7 +28,7 @@ async def main(port: int, folder: str, *, follow_stdin: bool) -> int:
     app = ServerApp(config, settings, create_engine=create)
     app.install_signals()
     if follow_stdin:
-        app.follow(0)
+        follow.follow_stdin(app.request_stop)
     return await app.run()
 
 
