@@ -144,6 +144,8 @@ class Control:
         except GangError as error:
             why, code = str(error), error.exit_code
             self._say_why(error)
+        except (zmq.ZMQError, OSError) as error:
+            why = f"its control plane has failed: {error}"
         finally:
             if not self._has_left:
                 self._die(code, why)

@@ -25,6 +25,11 @@ DEFAULT = (20.0, 2.0, 10.0)  # where nobody is lost: a busy machine must not loo
 MANY = 100_000
 
 
+def slow(*values: Any) -> Any:
+    """Parameters of a test: the pure parts' tests say the same, these add the processes."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 class Gang:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -96,7 +101,7 @@ def test_every_follower_gets_every_step_and_all_end_well(tmp_path: Path) -> None
         (0, signal.SIGKILL),
         (2, signal.SIGKILL),
         (2, signal.SIGSTOP),
-        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+        slow(0, signal.SIGSTOP),
     ],
 )
 def test_a_lost_process_ends_the_gang(tmp_path: Path, victim: int, how: signal.Signals) -> None:
@@ -175,13 +180,13 @@ def tamper(steps: list[list[bytes]]) -> list[list[bytes]]:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda steps: steps, ""),
         (lambda steps: steps[1:], "step 4 came instead of 3: 1 missing"),
-        (lambda steps: [steps[0], steps[0], *steps[1:]], "step 3 came after 3: repeated"),
-        (lambda steps: [steps[1], steps[0], steps[2]], "step 4 came instead of 3"),
         (tamper, "a step's digest is wrong: its bytes changed on the way"),
+        slow(lambda steps: steps, ""),
+        slow(lambda steps: [steps[0], steps[0], *steps[1:]], "step 3 came after 3: repeated"),
+        slow(lambda steps: [steps[1], steps[0], steps[2]], "step 4 came instead of 3"),
     ],
-    ids=["nothing", "dropped", "repeated", "reordered", "tampered"],
+    ids=["dropped", "tampered", "nothing", "repeated", "reordered"],
 )
 def test_a_transport_that_lies(
     tmp_path: Path, wrong: Callable[[list[list[bytes]]], list[list[bytes]]], message: str
@@ -211,6 +216,7 @@ def test_those_who_differ_never_start(tmp_path: Path) -> None:
             assert running.out(rank) == []
 
 
+@pytest.mark.slow
 def test_another_executable_is_refused_at_its_first_step(tmp_path: Path) -> None:
     keys = {name: f"key of {name}" for name in PROGRAMS} | {"prefill": "another"}
     with gang(tmp_path, 2, each={1: {"keys": keys}}, num_steps=MANY, step_seconds=0.01) as running:
@@ -219,12 +225,26 @@ def test_another_executable_is_refused_at_its_first_step(tmp_path: Path) -> None
         assert len(running.out(1)) == 3
 
 
+@pytest.mark.slow
 def test_one_who_does_not_come(tmp_path: Path) -> None:
     with gang(tmp_path, ranks=range(2), timing=(1.5, 0.2, 1.0)) as running:
         assert running.codes(0, 1) == [75, 75]
         assert "these ranks have not come: 2" in running.err(0)
 
 
+@pytest.mark.slow
+def test_one_who_comes_late_is_refused_and_the_gang_goes_on(tmp_path: Path) -> None:
+    with gang(tmp_path, 2, num_steps=300, step_seconds=0.01) as running:
+        running.wait_running()
+        command = running.processes[1].args
+        late = subprocess.run(command, cwd=REPO, capture_output=True, text=True)  # type: ignore[call-overload]
+        assert late.returncode == 75
+        assert "the gang has formed without you" in late.stderr
+        assert running.codes(0, 1) == [0, 0]
+        assert len(running.out(1)) == 301
+
+
+@pytest.mark.slow
 def test_the_leaders_own_error_ends_the_followers(tmp_path: Path) -> None:
     with gang(tmp_path, 2, each={0: {"raises_at": 5}}) as running:
         assert running.codes(0, 1) == [75, 75]
@@ -245,6 +265,7 @@ def test_a_step_that_does_not_end(tmp_path: Path, holds_lock: bool) -> None:
             assert "rank 1 ends: step 3 has not ended" in running.err(0)
 
 
+@pytest.mark.slow
 def test_a_follower_that_takes_nothing_holds_the_leader_back_then_ends_it(tmp_path: Path) -> None:
     """Heartbeats alone do not notice: it is alive. The bound of what is queued does."""
     told = {"stuck_at": 1}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from jengine.server import replica_process, supervisor
+from jengine.server.replica_process import ReplicaProcess
 from jengine.server.replicas import Replica, SupervisorSettings
 from jengine.server.settings import ServerSettings
 from jengine.server.supervisor import MakeCommand, Supervisor
@@ -138,6 +139,23 @@ def test_a_replica_is_replaced_while_the_other_serves(
         assert running.join() == 0
 
 
+@pytest.mark.slow
+def test_asked_twice_it_ends_at_once(echo_model: Path, in_repo: None) -> None:
+    with supervised(None, echo_model) as running:
+        wait_for(lambda: running.status() == 200, START_SECONDS)
+        body = {"prompt": "ab", "max_tokens": 1000, "stream": True}  # ten seconds
+        url = running.urls[1] + "/v1/completions"
+        reader = threading.Thread(target=lambda: events(url, body))
+        reader.start()
+        wait_for(lambda: json.loads(get(running.urls[1] + "/load")[1])["server_load"] == 1, 5.0)
+        running.stop()
+        wait_for(lambda: get(running.urls[1] + "/health")[0] == 503, 2.0)
+        assert running.status() == 503
+        running.stop()
+        assert running.join(4.0) == 0  # a drain would have taken its five seconds
+        reader.join()
+
+
 @pytest.mark.parametrize(
     ("on_failure", "code", "expected"), [("stop", 78, 78), ("restart", 2, 78), ("stop", 1, 75)]
 )
@@ -150,6 +168,16 @@ def test_a_replica_that_cannot_start(
 
     with supervised(make, tmp_path, on_failure) as running:
         assert running.join() == expected
+
+
+async def test_a_replica_sees_its_own_gpus_alone(tmp_path: Path) -> None:
+    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    command = [sys.executable, "-c", code, str(tmp_path / "seen")]
+    replica = Replica(1, free_port(), None, ("2", "GPU-b"))
+    child = ReplicaProcess(replica, command, ServerSettings(), SupervisorSettings())
+    await child.start()
+    assert await child.watch() == "rank 1 has ended with exit code 0"
+    assert (tmp_path / "seen").read_text() == "2,GPU-b"
 
 
 def test_a_server_drains_when_its_supervisor_is_gone(echo_model: Path) -> None:
