@@ -4,6 +4,7 @@ the environment.
 
 import importlib.util
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -63,6 +64,26 @@ def expects_gpu() -> bool:
         and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
         and (not platforms or "cuda" in platforms or "gpu" in platforms)
     )
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Names of the GPUs that a process started now would see, as `CUDA_VISIBLE_DEVICES` spells
+    them: what it lists, else the index of each device file.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return tuple(str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*")))
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
+
+
+def environment(names: Iterable[str]) -> dict[str, str]:
+    """Those of the variables that are set and not empty."""
+    return {name: value for name in names if (value := os.environ.get(name))}
+
+
+def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """Our environment with some variables replaced, for a process that we start."""
+    return {**os.environ, **changes}
 
 
 @dataclass(frozen=True, slots=True)

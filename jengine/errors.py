@@ -1,5 +1,17 @@
 """Errors that cross a boundary. Servers map each class to one status code."""
 
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a process of a supervised or distributed engine tells whoever started it. The numbers
+    are those of sysexits.h: a launcher may restart after any but 0 and 78.
+    """
+
+    DRAINED = 0
+    RESTART = 75  # EX_TEMPFAIL: a replica or a rank was lost
+    CONFIG = 78  # EX_CONFIG: it would fail again in the same way
+
 
 class JengineError(Exception):
     """Base class of every error jengine raises on purpose."""
@@ -45,3 +57,9 @@ class LoadError(JengineError):
 
 class UnsupportedError(JengineError):
     """A combination of features that this version refuses at start."""
+
+
+class ConfigurationError(JengineError, ValueError):
+    """What this process was told cannot work, or contradicts itself; the message names the flag or
+    the variable (exit code 78).
+    """

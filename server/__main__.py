@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from jengine.errors import JengineError
-from jengine.server import vllm_flags
+from jengine.errors import ConfigurationError, ExitCode, JengineError
+from jengine.server import follow, vllm_flags
 from jengine.server.bench.commands import bench
 from jengine.server.cli_options import EngineFlags, ServerFlags, takes
+from jengine.server.replica_flags import ReplicaFlags
 
 if TYPE_CHECKING:
     from jengine.config import EngineConfig
@@ -39,7 +40,9 @@ logger = logging.getLogger("jengine.server")
 
 
 def main() -> None:
-    """Entry point of the console script. Errors on purpose become one line and exit code 1."""
+    """Entry point of the console script. Errors on purpose become one line and exit code 1; 78 if
+    they are the configuration's.
+    """
     argv = sys.argv[1:]
     if argv and argv[0] in COMMANDS_WITH_VLLM_FLAGS:
         argv, dropped, refused = vllm_flags.split(argv)
@@ -52,24 +55,46 @@ def main() -> None:
         app(args=argv)
     except JengineError as error:
         err.print(f"[red]error:[/] {error}", highlight=False)
-        raise SystemExit(1) from None
+        is_config = isinstance(error, ConfigurationError)
+        raise SystemExit(int(ExitCode.CONFIG) if is_config else 1) from None
 
 
 @app.command()
-@takes(EngineFlags, ServerFlags)
-def serve(engine: EngineFlags, server: ServerFlags) -> None:
+@takes(EngineFlags, ServerFlags, ReplicaFlags)
+def serve(
+    engine: EngineFlags, server: ServerFlags, replicas: ReplicaFlags, context: typer.Context
+) -> None:
     """Serve a model over gRPC and an OpenAI-compatible HTTP API."""
-    from jengine.server import logs
-
+    replicas.check_unused()
+    if replicas.data_parallel_multi_port_external_lb:
+        raise typer.Exit(supervise(engine, server, replicas, context))
     config, settings = engine.build(), server.build()
-    logs.configure(server.log_level, logs.check_format(server.log_format))
-    if settings.host not in LOOPBACK and not settings.api_keys:
-        logger.warning("no --api-key: who reaches %s can use the model", settings.host)
-    code = run_server(config, settings, in_process=server.disable_frontend_multiprocessing)
+    _start_logs(server)
+    in_process = server.disable_frontend_multiprocessing
+    code = run_server(config, settings, in_process=in_process, follow_stdin=replicas.follow_stdin)
     raise typer.Exit(code)
 
 
-def run_server(config: EngineConfig, settings: ServerSettings, *, in_process: bool) -> int:
+def supervise(
+    engine: EngineFlags, server: ServerFlags, flags: ReplicaFlags, context: typer.Context
+) -> int:
+    """Several servers as children, until a signal or the loss of one; returns the exit code."""
+    from jengine.server import replica_flags
+    from jengine.server.supervisor import Supervisor, run_supervisor
+
+    replicas = replica_flags.replicas_of(engine, server, flags)
+    make_command = replica_flags.command_maker(engine, server, context.command.params)
+    settings, server_settings = flags.supervisor_settings(), server.build()
+    _start_logs(server)
+    return run_supervisor(
+        lambda: Supervisor(replicas, make_command, server_settings, settings),
+        follow_stdin=flags.follow_stdin,
+    )
+
+
+def run_server(
+    config: EngineConfig, settings: ServerSettings, *, in_process: bool, follow_stdin: bool = False
+) -> int:
     """Until a signal or the engine's death; returns the exit code."""
     import uvloop
 
@@ -80,6 +105,8 @@ def run_server(config: EngineConfig, settings: ServerSettings, *, in_process: bo
         create = functools.partial(AsyncEngine.create, in_process=in_process)
         server = ServerApp(config, settings, create_engine=create)
         server.install_signals()
+        if follow_stdin:
+            follow.follow_stdin(server.request_stop)
 
         def report() -> None:
             logger.info(
@@ -194,6 +221,14 @@ def collect_env(
     from jengine.server import collect_env as report
 
     report.run(output_json)
+
+
+def _start_logs(server: ServerFlags) -> None:
+    from jengine.server import logs
+
+    logs.configure(server.log_level, logs.check_format(server.log_format))
+    if server.host not in LOOPBACK and not (server.api_key or server.api_key_file):
+        logger.warning("no --api-key: who reaches %s can use the model", server.host)
 
 
 def _config_or_none(flags: EngineFlags) -> EngineConfig | None:

@@ -18,7 +18,8 @@ from jengine.server.http_errors import error_body, json_response
 from jengine.server.metrics import ServerMetrics
 from jengine.server.state import check_request_id
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/version"})  # probes carry no key
+# Probes carry no key.
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/readyz", "/live", "/version"})
 MAX_HEADER_BYTES = 64 * 1024
 MAX_HEADERS = 128
 

@@ -42,6 +42,9 @@ def create_app(state: ServerState) -> Starlette:
         Route("/tokenizer_info", tokenizer_info),
         Route("/health", health),
         Route("/ping", health, methods=["GET", "POST"]),
+        Route("/ready", health),
+        Route("/readyz", health),
+        Route("/live", live),
         Route("/version", show_version),
         Route("/load", load),
         Route("/metrics", metrics),
@@ -68,7 +71,7 @@ class HttpServer:
         is_unix = self._socket.family == socket.AF_UNIX
         # What was drawn, for port 0; a Unix socket has none.
         self.port: int = 0 if is_unix else self._socket.getsockname()[1]
-        self._server = _QuietServer(
+        self._server = QuietServer(
             uvicorn.Config(
                 create_app(state),
                 log_config=None,
@@ -125,6 +128,12 @@ async def health(request: Request) -> Response:
     return json_response(body, 503, {"retry-after": "1"})
 
 
+async def live(request: Request) -> Response:
+    """200 while a restart would not help: also while loading and draining. 503 once dead."""
+    status = request.app.state.server.status
+    return json_response({"status": status.value}, 503 if status is Status.DEAD else 200)
+
+
 async def show_version(request: Request) -> Response:
     return json_response({"version": __version__})
 
@@ -161,7 +170,7 @@ def open_socket(settings: ServerSettings) -> socket.socket:
     return listener
 
 
-class _QuietServer(uvicorn.Server):
+class QuietServer(uvicorn.Server):
     """Leaves signals to `app.ServerApp`: uvicorn would exit with 143 after a drain."""
 
     @contextlib.contextmanager

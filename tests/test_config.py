@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jengine import config
-from jengine.config import EngineConfig
+from jengine.config import EngineConfig, visible_gpus
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,13 @@ def test_limits_on_a_gpu_are_larger_unless_given(monkeypatch: pytest.MonkeyPatch
     assert EngineConfig.from_kwargs("m").scheduler.max_num_seqs == 256
     monkeypatch.setattr(config, "expects_gpu", lambda: False)
     assert EngineConfig.from_kwargs("m").scheduler.max_num_batched_tokens == 1024
+
+
+@pytest.mark.parametrize(
+    ("listed", "gpus"), [("2, GPU-b,MIG-c", ("2", "GPU-b", "MIG-c")), ("0", ("0",)), ("", ())]
+)
+def test_gpus_that_are_listed(
+    monkeypatch: pytest.MonkeyPatch, listed: str, gpus: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert visible_gpus() == gpus

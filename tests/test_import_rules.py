@@ -27,6 +27,7 @@ LEAVES = frozenset(
         "outputs",
         "protocol",
         "structured_outputs",
+        "cluster",
     )
 )
 COMPAT = "jengine.jax_compat"  # the one place for private JAX names
@@ -44,6 +45,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         {"jengine.layers", "jengine.loading", "jengine.pallas_kernels", "jengine.sharding"}
     ),
     "jengine.core": frozenset(),
+    "jengine.distributed": frozenset(),
     "jengine.grammar": frozenset({"jengine.text"}),
     "jengine.runtime": frozenset(
         {
@@ -107,7 +109,8 @@ MAY_IMPORT["jengine.server"] = frozenset(
 # The host side: these start without the seconds that importing JAX takes.
 WITHOUT_JAX = (
     *sorted(LEAVES),
-    *("jengine.core", "jengine.text", "jengine.grammar", "jengine.server", "jengine.client"),
+    *("jengine.core", "jengine.distributed", "jengine.text", "jengine.grammar"),
+    *("jengine.server", "jengine.client"),
 )
 ENVIRONMENT_READER = "jengine.config"
 
@@ -174,7 +177,7 @@ def test_rules_let_these_pass(module: str, source: str) -> None:
 def test_host_modules_load_without_jax() -> None:
     """The syntax tree shows direct imports; this shows indirect ones."""
     groups = {*LEAVES, *FRONT_END, "jengine.core", "jengine.text", "jengine.server"}
-    groups.add("jengine.grammar")
+    groups |= {"jengine.grammar", "jengine.distributed"}
     names = [module for module, _ in _modules() if _group(module) in groups]
     code = (
         f"import sys, {', '.join(names)}\nprint([m for m in ('jax', 'flax') if m in sys.modules])"

@@ -3,18 +3,15 @@ the OpenAI client.
 """
 
 import json
-import os
-import shutil
-import signal
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
+from tests.e2e.gateway import smg_gateway
 from tests.e2e.live import MODEL, LiveServer
-from tests.server.harness import free_port, get, post, wait_for
+from tests.server.harness import get, post
 
 pytestmark = pytest.mark.slow
 USER: Any = [{"role": "user", "content": "Name three rivers in Europe."}]
@@ -22,25 +19,10 @@ USER: Any = [{"role": "user", "content": "Name three rivers in Europe."}]
 
 @pytest.fixture(scope="module")
 def gateway(live: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    binary = shutil.which("smg")
-    if binary is None:
-        pytest.skip("smg is not installed (pip install smg, in an environment of its own)")
-    port, metrics_port = free_port(), free_port()
-    command = [binary, "launch", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--worker-urls", f"grpc://{live.grpc}", "--backend", "vllm"]
-    command += ["--policy", "cache_aware", "--block-size", "16"]
-    command += ["--prometheus-port", str(metrics_port), "--prometheus-host", "127.0.0.1"]
     log = tmp_path_factory.mktemp("smg") / "smg.log"
-    with log.open("wb") as out:
-        # It serves on long after SIGTERM: killed as a group, which needs a session of its own.
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(lambda: process.poll() is None and _is_ready(url), 60.0)
+    flags = ["--backend", "vllm", "--policy", "cache_aware", "--block-size", "16"]
+    with smg_gateway([f"grpc://{live.grpc}"], log, *flags) as url:
         yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +87,3 @@ def test_a_client_that_leaves_frees_its_pages(client: openai.OpenAI, live: LiveS
     assert live.load()["num_pages_used"] > 0
     stream.close()
     live.wait_idle(5.0)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return MODEL in get(url + "/v1/models")[1]
-    except OSError:
-        return False

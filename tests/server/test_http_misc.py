@@ -42,7 +42,9 @@ def test_tokenizer_info(server: RunningServer) -> None:
     assert info["tokenizer_class"]
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping", "/version", "/load", "/metrics"])
+@pytest.mark.parametrize(
+    "path", ["/health", "/ping", "/ready", "/live", "/version", "/load", "/metrics"]
+)
 def test_small_routes(server: RunningServer, path: str) -> None:
     assert get(server.http + path)[0] == 200
 

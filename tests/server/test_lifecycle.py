@@ -30,8 +30,8 @@ def test_not_serving_until_a_token_was_made(echo_model: Path) -> None:
     # serving.
     with echo_server(echo_model, behaviour={"step_seconds": 1.0}, wait_ready=False) as server:
         assert health_of(server) == NOT_SERVING
-        status, _ = get(server.http + "/health")
-        assert status == 503
+        for path, expected in {"/health": 503, "/ready": 503, "/readyz": 503, "/live": 200}.items():
+            assert get(server.http + path)[0] == expected
         status, answer, headers = post(server.http + "/v1/completions", {"prompt": "a"})
         assert (status, answer["error"]["message"]) == (503, "the model is still loading")
         assert headers["retry-after"] == "1"
@@ -131,6 +131,7 @@ def test_a_dead_core_shows_within_a_second(echo_model: Path, how: str) -> None:
         died = time.monotonic()
         wait_for(lambda: health_of(server) == NOT_SERVING, 1.0)
         assert get(server.http + "/health")[0] == 503
+        assert get(server.http + "/live")[0] == 503
         assert time.monotonic() - died < 1.0
         status, answer, _ = post(server.http + "/v1/completions", {"prompt": "a"})
         assert (status, answer["error"]["type"]) == (503, "ServiceUnavailableError")
