@@ -16,7 +16,7 @@ class CorePump:
     def __init__(self, model: Path | str, **kwargs) -> None:
         defaults = dict(dtype="float32", load_format="dummy", max_num_seqs=4,
                         max_num_batched_tokens=32, num_pages=24, page_size=8, poison=True,
-                        max_model_len=128, keep_executables=False, max_logprobs=-1)  # fmt: skip
+                        max_model_len=128, keep_executables=False)  # fmt: skip
         self.messages: list[FromCore] = []
         self.core = EngineCore(
             EngineConfig.from_kwargs(str(model), **(defaults | kwargs)), self.messages.append

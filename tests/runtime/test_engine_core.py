@@ -25,7 +25,7 @@ def pump(tmp_path_factory: pytest.TempPathFactory) -> CorePump:
         sliding_window=24,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     )
-    return CorePump(folder)
+    return CorePump(folder, max_logprobs=-1)
 
 
 PARAMS = [
