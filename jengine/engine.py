@@ -43,15 +43,15 @@ from jengine.protocol import (
 )
 from jengine.request import FinishReason, Request
 from jengine.runtime.blueprint import (
-    device_placement,
     draw_blueprint,
     dummy_compiler,
     keep_jax_cache,
     open_artifacts,
 )
-from jengine.runtime.memory import open_device
+from jengine.runtime.memory import open_devices
 from jengine.runtime.phases import Phases
 from jengine.runtime.runner import ModelRunner, StepHandle
+from jengine.sharding.placement import Placement
 
 if TYPE_CHECKING:
     from jengine.grammar.vocabulary import Vocabulary
@@ -64,7 +64,8 @@ class Wake:
 
 
 class EngineCore:
-    """One model on one device, driven by messages. `run` blocks its thread until `Shutdown`.
+    """One model on one device, or on a mesh, driven by messages. `run` blocks its thread until
+    `Shutdown`.
 
     Two steps are in flight at most: step n+1 is planned and dispatched while n runs, then n is
     collected.
@@ -137,16 +138,17 @@ class EngineCore:
         """
         config, phases = self._config, Phases()
         with phases.measure("device"):
-            device, device_memory = open_device(config.cache)
+            devices, device_memory = open_devices(config.cache, config.parallel.num_ranks)
         with phases.measure("model"):
             self._model = model = open_model(config)
-            artifacts = open_artifacts(config, device)
+            placement = Placement(model.split, devices)
+            artifacts = open_artifacts(config, placement)
             keep_jax_cache(artifacts)
-        draws, placement = dummy_compiler(artifacts), device_placement(device)
+        draws = dummy_compiler(artifacts, model.split)
         with ThreadPoolExecutor(1, thread_name_prefix="weights") as thread:
             weights = thread.submit(load_parameters, model, placement, draws)
             with phases.measure("plan"):
-                blueprint = draw_blueprint(config, model, device, device_memory, artifacts)
+                blueprint = draw_blueprint(config, model, placement, device_memory, artifacts)
                 self._close = blueprint.programs.close
             with phases.measure("load"):
                 blueprint.load()

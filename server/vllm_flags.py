@@ -49,7 +49,6 @@ UNSUPPORTED = frozenset(
         "--chat-template-content-format",
         "--cors-allow-origins",
         "--enable-auto-tool-choice",
-        "--enable-expert-parallel",
         "--enable-lora",
         "--enable-sleep-mode",
         "--kv-events-config",

@@ -9,32 +9,34 @@ import numpy as np
 
 from jengine.config import EngineConfig
 from jengine.core.plan import ScheduledRequest, StepPlan, StepResult
+from jengine.errors import UnsupportedError
 from jengine.models.loader import load_parameters, open_model
 from jengine.runtime import memory
 from jengine.runtime.batch import HostBatch, build_batch
 from jengine.runtime.blueprint import (
     Blueprint,
-    device_placement,
     draw_blueprint,
     open_artifacts,
 )
 from jengine.runtime.buckets import Bucket, pick_bucket
 from jengine.runtime.forward import build_forward
-from jengine.runtime.memory import open_device
+from jengine.runtime.memory import open_devices
 from jengine.runtime.programs import EMPTY, SET_PAGES, SET_ROW
 from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
 from jengine.runtime.row_mirror import RowMirror, is_adjusted
 from jengine.runtime.shapes import num_bytes
 from jengine.runtime.step import KV, StepOutput, build_step
+from jengine.sharding.placement import Placement
 
 
 def load_runner(config: EngineConfig) -> "ModelRunner":
     """A runner whose programs compile as they are needed; an engine prepares them ahead."""
-    device, device_memory = open_device(config.cache)
+    devices, device_memory = open_devices(config.cache, config.parallel.num_ranks)
     model = open_model(config)
-    artifacts = open_artifacts(config, device)
-    blueprint = draw_blueprint(config, model, device, device_memory, artifacts)
-    return ModelRunner(blueprint, load_parameters(model, device_placement(device)))
+    placement = Placement(model.split, devices)
+    artifacts = open_artifacts(config, placement)
+    blueprint = draw_blueprint(config, model, placement, device_memory, artifacts)
+    return ModelRunner(blueprint, load_parameters(model, placement))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class StepHandle:
 
 
 class ModelRunner:
-    """Parameters (flat leaves), KV arrays, per-request rows and executables of one device.
+    """Parameters (flat leaves), KV arrays, per-request rows and executables of one device, or of
+    all ranks of a mesh.
 
     `kv` and `rows` are donated to every step and replaced by its result; nobody else may hold them.
     """
@@ -74,11 +77,12 @@ class ModelRunner:
         self._mirror = RowMirror(len(self.groups), some_layout.num_rows, some_layout.pages_per_seq)
         # A step without constrained requests brings no masks along.
         self._no_masks = {
-            shape: jax.device_put(np.zeros(shape, np.int32), blueprint.table.placement)
+            shape: jax.device_put(np.zeros(shape, np.int32), blueprint.placement.replicated)
             for shape in {layout.mask_shape for layout in self._layouts.values()}
         }
         self._scorer = PromptScorer(self.programs, self.leaves, self.spec.num_logprobs)
-        self._forward = jax.jit(build_forward(self.spec))
+        forward = build_forward(self.spec)
+        self._forward = jax.jit(blueprint.placement.on_ranks(forward, (self.leaves, 0, 0), 0))
 
     def close(self) -> None:
         """Free the KV cache and the rows; parameters live as long as somebody refers to them."""
@@ -114,16 +118,24 @@ class ModelRunner:
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """Live parameters by path."""
+        """Live parameters by path. On several devices the parts of all ranks, one after another
+        (`sharding/cut.py`).
+        """
         return dict(zip(self.param_paths, self.leaves, strict=True))
 
     @property
     def model(self) -> Any:
-        """The live NNX module over the engine's own parameters."""
+        """The live NNX module over the engine's own parameters. Raises `UnsupportedError` on
+        several devices: there it exists in parts only.
+        """
+        if self.blueprint.placement.num_ranks > 1:
+            raise UnsupportedError("model: split over several devices, there is no whole module")
         return self.spec.model(self.leaves)
 
     def step_fn(self, bucket: Bucket | None = None) -> Callable[..., Any]:
-        """The pure, untransformed step function of a bucket (the smallest by default)."""
+        """The pure, untransformed step function of a bucket (the smallest by default); on several
+        devices that of one rank, as `jax.shard_map` runs it.
+        """
         return build_step(self.spec, self._layouts[bucket or self.buckets[0]])
 
     def hidden_states(self, token_ids: Sequence[int]) -> jax.Array:

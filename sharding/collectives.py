@@ -1,0 +1,62 @@
+"""What ranks of a mesh tell each other, in the words of logical axes.
+
+A rank's program is traced inside `jax.shard_map` (`placement.py`), where these know what is split.
+On one device, and for a logical axis that is whole on every rank, they do nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import jax
+import jax.numpy as jnp
+
+from jengine.sharding.split import Split
+
+_split: ContextVar[Split] = ContextVar("split", default=Split())  # noqa: B039 (frozen)
+
+
+@contextmanager
+def tracing_for(split: Split) -> Iterator[None]:
+    """Trace a rank's program. Holds for this thread only."""
+    token = _split.set(split)
+    try:
+        yield
+    finally:
+        _split.reset(token)
+
+
+def ways(*logical: str | None) -> int:
+    """Over how many ranks these logical axes are split."""
+    return _split.get().ways(*logical)
+
+
+def sum_over(x: jax.Array, *logical: str | None) -> jax.Array:
+    """The sum of all ranks' `x` over the ranks that split these logical axes."""
+    axes = _split.get().axes(*logical)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def mean_over(x: jax.Array, logical: str) -> jax.Array:
+    axes = _split.get().axes(logical)
+    return jax.lax.pmean(x, axes) if axes else x
+
+
+def gather_over(x: jax.Array, logical: str, dimension: int) -> jax.Array:
+    """All ranks' `x` side by side along a dimension."""
+    axes = _split.get().axes(logical)
+    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
+
+
+def rank_in(logical: str) -> jax.Array:
+    """i32[]: which part of a logical axis this rank holds."""
+    axes = _split.get().axes(logical)
+    return jax.lax.axis_index(axes) if axes else jnp.int32(0)
+
+
+def once_over(x: jax.Array, *logical: str | None) -> jax.Array:
+    """`x` on the first of the ranks that split these logical axes, zeros on the others: for what
+    their sum shall hold once.
+    """
+    axes = _split.get().axes(*logical)
+    return jnp.where(jax.lax.axis_index(axes) == 0, x, jnp.zeros_like(x)) if axes else x
