@@ -306,8 +306,8 @@ def test_pieces_are_cut_from_the_sources() -> None:
     tensors = {
         "q": RNG.standard_normal((8, 6)).astype(np.float32),
         "k": RNG.standard_normal((4, 6)).astype(np.float32),
-        **{f"e.{e}.gate": RNG.standard_normal((4, 6)).astype(np.float32) for e in range(4)},
-        **{f"e.{e}.up": RNG.standard_normal((4, 6)).astype(np.float32) for e in range(4)},
+        **{f"0.e.{e}.gate": RNG.standard_normal((4, 6)).astype(np.float32) for e in range(4)},
+        **{f"0.e.{e}.up": RNG.standard_normal((4, 6)).astype(np.float32) for e in range(4)},
         "down": RNG.standard_normal((6, 8)).astype(np.float32),
         "gate_up": RNG.standard_normal((3, 6, 8)).astype(np.float32),
     }
@@ -315,8 +315,8 @@ def test_pieces_are_cut_from_the_sources() -> None:
         (
             WeightRule("q", "qk", (8, 6)),
             WeightRule("k", "qk", (4, 6), offset=8, transform=lambda rows: rows[::-1]),
-            WeightRule("e.{e}.gate", "experts", (4, 6)),
-            WeightRule("e.{e}.up", "experts", (4, 6), offset=4),
+            WeightRule("{i}.e.{e}.gate", "{i}.experts", (4, 6)),
+            WeightRule("{i}.e.{e}.up", "{i}.experts", (4, 6), offset=4),
             WeightRule("down", "down", (6, 8)),
             WeightRule(
                 "gate_up", "stacked", (3, 6, 8), transform=lambda w: w.swapaxes(1, 2),
@@ -325,7 +325,7 @@ def test_pieces_are_cut_from_the_sources() -> None:
         )
     )  # fmt: skip
     abstract = {
-        "qk": info(12, 6), "experts": info(4, 8, 6), "down": info(6, 8), "stacked": info(3, 8, 6),
+        "qk": info(12, 6), "0.experts": info(4, 8, 6), "down": info(6, 8), "stacked": info(3, 8, 6),
     }  # fmt: skip
     source = DictSource(tensors)
     whole = load_parameters(source, table, abstract, keep)
@@ -341,8 +341,8 @@ def test_pieces_are_cut_from_the_sources() -> None:
     check("qk", (slice(0, 2), slice(11, 12)), everything)
     assert source.reads == [("q", 2), ("k", 4), ("q", 2)]  # what is transformed, once
     source.reads.clear()
-    check("experts", (slice(1, 3),), (slice(2, 4), slice(6, 8)), everything)
-    assert source.reads == [("e.1.gate", 2), ("e.1.up", 2), ("e.2.gate", 2), ("e.2.up", 2)]
+    check("0.experts", (slice(1, 3),), (slice(2, 4), slice(6, 8)), everything)
+    assert source.reads == [(f"0.e.{e}.{part}", 2) for e in (1, 2) for part in ("gate", "up")]
     source.reads.clear()
     check("down", everything, (slice(4, 6),))
     check("down", everything, (slice(0, 2), slice(4, 6)))
