@@ -138,10 +138,10 @@ class ParallelConfig:
     """
 
     tensor_parallel_size: int = 1
-    data_parallel_size: int = 1  # more than one is not built yet
-    enable_expert_parallel: bool = False
-    # With expert parallelism: ranks that share the experts out, the others split each expert. None:
-    # all share them out.
+    data_parallel_size: int = 1  # so many times that, each for requests of its own
+    enable_expert_parallel: bool = False  # over all of them
+    # With expert parallelism: of each tensor-parallel group, ranks that share the experts out; the
+    # others split each expert. None: all share them out.
     expert_parallel_size: int | None = None
 
     @property
@@ -150,7 +150,8 @@ class ParallelConfig:
 
     @property
     def num_expert_ranks(self) -> int:
-        """Ranks that share the routed experts out; one where each expert is split."""
+        """Ranks of a tensor-parallel group that share the routed experts out; one where each expert
+        is split."""
         if not self.enable_expert_parallel:
             return 1
         return self.expert_parallel_size or self.tensor_parallel_size
@@ -175,6 +176,7 @@ class EngineConfig:
             "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
             "max_decode_steps": self.scheduler.max_decode_steps,
             "tensor_parallel_size": self.parallel.tensor_parallel_size,
+            "data_parallel_size": self.parallel.data_parallel_size,
             "expert_parallel_size": self.parallel.expert_parallel_size,
         }
         for name, value in positive.items():
@@ -190,11 +192,6 @@ class EngineConfig:
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ValueError("gpu_memory_utilization must be in (0, 1]")
         parallel = self.parallel
-        if parallel.data_parallel_size != 1:
-            raise ValueError(
-                f"data_parallel_size must be 1, got {parallel.data_parallel_size}: "
-                "attention for other requests on other devices is not built yet"
-            )
         if parallel.expert_parallel_size is not None and not parallel.enable_expert_parallel:
             raise ValueError("expert_parallel_size needs enable_expert_parallel")
         if parallel.tensor_parallel_size % parallel.num_expert_ranks:

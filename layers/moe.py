@@ -13,6 +13,7 @@ from jengine.layers.param import Size, param
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.grouped_matmul.api import expert_parts
 from jengine.pallas_kernels.linear.api import linear
+from jengine.pallas_kernels.linear.reference import sum_of_parts
 from jengine.pallas_kernels.route_experts.api import GroupedRouting, route, route_grouped
 from jengine.sharding import collectives
 from jengine.sharding.split import Split
@@ -95,8 +96,26 @@ class SparseMLP(nnx.Module):
         return sum_of_ranks(local_PTD, num_tokens, "experts", "expert_mlp")
 
     def local_parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        """As `parts`, of what this rank's experts add: all ranks see all tokens."""
+        """As `parts`, of what this rank's experts add: all ranks see all tokens. Where ranks have
+        other tokens and other experts, theirs come here and the results go back.
+        """
         ids_Tk, weights_Tk = self.choose(self.gate(x_TD, num_tokens))
+        if not collectives.are_split_together("tokens", "experts"):
+            return self._of_experts(x_TD, ids_Tk, weights_Tk, num_tokens)
+        is_real_T1 = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None] < num_tokens
+        ids_Tk = jnp.where(is_real_T1, ids_Tk, self.moe.num_experts)  # nobody's
+        x_TD, ids_Tk, weights_Tk = (
+            collectives.gather_over(x, "tokens", 0) for x in (x_TD, ids_Tk, weights_Tk)
+        )
+        parts_PTD = self._of_experts(x_TD, ids_Tk, weights_Tk, jnp.int32(x_TD.shape[0]))
+        # As in `sum_of_ranks`: several summands are float32, and stay so.
+        dtype = x_TD.dtype if parts_PTD.shape[0] == 1 else jnp.float32
+        return collectives.scatter_over(sum_of_parts(parts_PTD, dtype), "tokens")[None]
+
+    def _of_experts(
+        self, x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, num_tokens: jax.Array
+    ) -> jax.Array:
+        """Summands of what this rank's experts add to tokens that chose among all."""
         gate_up_EFD, down_EDF = self.experts.gate_up_proj[...], self.experts.down_proj[...]
         gate_up_bias, down_bias = self.experts.gate_up_bias, self.experts.down_bias
         num_experts = down_EDF.shape[0]

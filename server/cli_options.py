@@ -178,7 +178,13 @@ class EngineFlags:
         ),
     ] = None
     data_parallel_size: Annotated[
-        int | None, _flag("--data-parallel-size", panel=_PARALLEL, text="1 in this version.")
+        int | None,
+        _flag(
+            "--data-parallel-size",
+            "-dp",
+            panel=_PARALLEL,
+            text="So many groups of them, each with requests of its own: 1.",
+        ),
     ] = None
     compile_cache_dir: Annotated[
         Path | None,

@@ -49,9 +49,24 @@ class Placement:
         return self._sharding(PartitionSpec(MESH_AXES))
 
     @property
-    def host_input(self) -> Sharding | None:
-        """Of an argument that comes from the host at each call; None: left to JAX."""
-        return None if self.num_ranks == 1 else self.replicated
+    def per_data_rank(self) -> Sharding:
+        """Of what differs between ranks that serve other requests: the arrays of them one after
+        another along their first dimension.
+        """
+        return self._sharding(PartitionSpec("data"))
+
+    @property
+    def is_one_device(self) -> bool:
+        return self.num_ranks == 1
+
+    def of_data_rank(self, tree: Any, rank: int) -> Any:
+        """Arrays of one device, which every rank of those that serve `rank`'s requests holds."""
+        device = self.mesh.devices[rank, 0, 0]
+
+        def shard(array: jax.Array) -> jax.Array:
+            return next(s.data for s in array.addressable_shards if s.device == device)
+
+        return jax.tree.map(shard, tree)
 
     def of(self, cut: Cut) -> Sharding:
         return self._sharding(cut.spec)
@@ -59,8 +74,9 @@ class Placement:
     def on_ranks(self, function: Callable[..., Any], arguments: Any, result: Any) -> Any:
         """The program that runs `function` on every rank, over its parts of the arguments.
 
-        `arguments` and `result` are trees (or prefixes of such) whose leaves may have a sharding;
-        those without are the same on all ranks. On one device it is `function` itself.
+        `arguments` and `result` are trees (or prefixes of such) whose leaves may have a sharding.
+        Arguments without are the same on all ranks, results without are per data rank. On one
+        device it is `function` itself.
         """
         if self.num_ranks == 1:
             return function
@@ -73,8 +89,8 @@ class Placement:
         return jax.shard_map(
             on_rank,
             mesh=self.mesh,
-            in_specs=jax.tree.map(_spec, tuple(arguments)),
-            out_specs=jax.tree.map(_spec, result),
+            in_specs=jax.tree.map(lambda x: _spec(x, PartitionSpec()), tuple(arguments)),
+            out_specs=jax.tree.map(lambda x: _spec(x, PartitionSpec("data")), result),
             check_vma=False,  # kernels are opaque: nobody can tell what varies
         )
 
@@ -101,6 +117,6 @@ class Placement:
         return NamedSharding(self.mesh, spec)
 
 
-def _spec(leaf: Any) -> PartitionSpec:
+def _spec(leaf: Any, default: PartitionSpec) -> PartitionSpec:
     sharding = getattr(leaf, "sharding", None)
-    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+    return sharding.spec if isinstance(sharding, NamedSharding) else default

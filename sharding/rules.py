@@ -19,14 +19,14 @@ class ShardingRules:
     share them split everything else as those of `tensor` do.
     """
 
-    tokens: MeshAxes = None
+    tokens: MeshAxes = "data"  # each rank has requests of its own
     embed: MeshAxes = None
     heads: MeshAxes = ("expert", "tensor")
     kv_heads: MeshAxes = ("expert", "tensor")
     head_dim: MeshAxes = None
     mlp: MeshAxes = ("expert", "tensor")
     vocab: MeshAxes = ("expert", "tensor")
-    experts: MeshAxes = "expert"
+    experts: MeshAxes = ("data", "expert")
     expert_mlp: MeshAxes = "tensor"  # the inside of a routed expert
     pages: MeshAxes = None
 

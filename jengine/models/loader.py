@@ -97,9 +97,19 @@ def open_model(config: EngineConfig) -> ModelDefinition:
 def split_of(parallel: ParallelConfig, cfg: Any) -> Split:
     """The mesh that a model of this config is cut for."""
     expert = parallel.num_expert_ranks
-    if expert > 1 and not isinstance(cfg, SparseConfig):
+    if (
+        parallel.enable_expert_parallel
+        and parallel.num_ranks > 1
+        and not isinstance(cfg, SparseConfig)
+    ):
         raise ValueError("enable_expert_parallel: the model has no routed experts")
-    split = Split(expert=expert, tensor=parallel.tensor_parallel_size // expert)
+    split = Split(
+        data=parallel.data_parallel_size,
+        expert=expert,
+        tensor=parallel.tensor_parallel_size // expert,
+    )
+    if not parallel.enable_expert_parallel:  # every data rank has all experts
+        split = split.without("experts")
     # Such a vocabulary is small beside the layers; every rank holds it whole.
     return split.without("vocab") if cfg.vocab_size % split.ways("vocab") else split
 

@@ -127,6 +127,8 @@ def draw_blueprint(
     max_steps = config.scheduler.max_decode_steps or choose_max_decode_steps(
         platform, bytes_of_one_token(of_rank, model.cfg)
     )
+    if model.split.data > 1:  # which could not agree on a number
+        max_steps = 1
     layouts = {b: _layout(config, model, len(groups), max_steps, b) for b in buckets}
     some = layouts[buckets[0]]
     table = ProgramTable(

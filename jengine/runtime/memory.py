@@ -137,7 +137,10 @@ def open_devices(
         set_device_memory_share(cache.gpu_memory_utilization - OUTSIDE_SHARE)
     devices = tuple(jax.devices()[:num_devices])
     if len(devices) < num_devices:
-        raise ValueError(f"tensor_parallel_size is {num_devices}, {len(devices)} devices are there")
+        raise ValueError(
+            f"tensor_parallel_size times data_parallel_size is {num_devices}, "
+            f"but {len(devices)} devices are there"
+        )
     gc.collect()  # arrays of an engine that was closed
     memories = (device_memory(device, cache, num_devices) for device in devices)
     return devices, min(memories, key=lambda memory: memory.pool)

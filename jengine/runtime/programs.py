@@ -100,8 +100,8 @@ class ProgramTable:
     def _step(self, name: str) -> Program:
         layout = self._layouts_by_name[name]
         output = StepOutput(0, _SCORES, 0, 0)  # type: ignore[arg-type]
-        masks = self._i32(*layout.mask_shape)
-        arguments = (self.leaves, self.kv, self.rows, self._i32(layout.size), masks)
+        packed, masks = self._per_data_rank(layout.size), self._per_data_rank(*layout.mask_shape)
+        arguments = (self.leaves, self.kv, self.rows, packed, masks)
         step = build_step(self.spec, layout)
         result = (self.kv, self.rows, output)
         input_bytes = 4 * (layout.size + math.prod(layout.mask_shape))
@@ -133,8 +133,18 @@ class ProgramTable:
         return self._input(np.int32, *shape)
 
     def _input(self, dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
-        """What comes from the host at each call."""
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self.placement.host_input)
+        """What comes from the host at each call, the same for all ranks. On one device, where it
+        lives is left to JAX.
+        """
+        sharding = None if self.placement.is_one_device else self.placement.replicated
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    def _per_data_rank(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """The same, for each data rank its own."""
+        if self.placement.is_one_device:
+            return self._i32(*shape)
+        shape = (self.placement.split.data * shape[0], *shape[1:])
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.per_data_rank)
 
     @property
     def _layouts_by_name(self) -> dict[str, BatchLayout]:

@@ -74,11 +74,18 @@ class ModelRunner:
         self.kv, self.rows = self.programs[EMPTY]()
         self._layouts = blueprint.table.layouts
         some_layout = self._layouts[self.buckets[0]]
-        self._mirror = RowMirror(len(self.groups), some_layout.num_rows, some_layout.pages_per_seq)
+        self.num_data_ranks = blueprint.placement.split.data
+        self._mirrors = [
+            RowMirror(len(self.groups), some_layout.num_rows, some_layout.pages_per_seq)
+            for _ in range(self.num_data_ranks)
+        ]
         # A step without constrained requests brings no masks along.
         self._no_masks = {
-            shape: jax.device_put(np.zeros(shape, np.int32), blueprint.placement.replicated)
-            for shape in {layout.mask_shape for layout in self._layouts.values()}
+            (seqs, words): jax.device_put(
+                np.zeros((self.num_data_ranks * seqs, words), np.int32),
+                blueprint.placement.per_data_rank,
+            )
+            for seqs, words in {layout.mask_shape for layout in self._layouts.values()}
         }
         self._scorer = PromptScorer(self.programs, self.leaves, self.spec.num_logprobs)
         forward = build_forward(self.spec)
@@ -93,17 +100,31 @@ class ModelRunner:
 
     def dispatch(self, plan: StepPlan) -> StepHandle:
         """Start a plan and return at once. Plans run on the device in dispatch order."""
-        for item in plan.scheduled:
-            if item.is_admitted:
-                self._admit(item)
-        bucket = self._pick_bucket(plan)
-        layout = self._layouts[bucket]
-        batch = build_batch(plan, layout, self._mirror)
-        masks = self._no_masks[layout.mask_shape] if batch.masks is None else batch.masks
-        step = self.programs[str(bucket)]
-        self.kv, self.rows, output = step(self.leaves, self.kv, self.rows, batch.packed, masks)
+        bucket = self.pick_bucket((plan,))
+        batch = self.build(plan, bucket)
+        output = self.launch(bucket, (batch,))
         output.sampled.copy_to_host_async()
         return StepHandle(plan, bucket, batch, output)
+
+    def build(self, plan: StepPlan, bucket: Bucket, rank: int = 0) -> HostBatch:
+        """The batch of a data rank, whose new requests get their rows."""
+        for item in plan.scheduled:
+            if item.is_admitted:
+                self._admit(item, rank)
+        return build_batch(plan, self._layouts[bucket], self._mirrors[rank])
+
+    def launch(self, bucket: Bucket, batches: Sequence[HostBatch]) -> StepOutput:
+        """Run the step of a bucket over the batch of each data rank."""
+        layout = self._layouts[bucket]
+        if all(batch.masks is None for batch in batches):
+            masks = self._no_masks[layout.mask_shape]
+        else:
+            none = np.zeros(layout.mask_shape, np.int32)
+            masks = _joined([none if b.masks is None else b.masks for b in batches])
+        packed = _joined([batch.packed for batch in batches])
+        step = self.programs[str(bucket)]
+        self.kv, self.rows, output = step(self.leaves, self.kv, self.rows, packed, masks)
+        return output
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Wait for a plan's last step and read what its requests asked for."""
@@ -148,12 +169,16 @@ class ModelRunner:
         padded[:num_tokens] = token_ids
         return self._forward(self.leaves, padded, np.int32(num_tokens))[:num_tokens]
 
-    def _pick_bucket(self, plan: StepPlan) -> Bucket:
-        """The cheapest of those that are ready."""
+    def pick_bucket(self, plans: Sequence[StepPlan]) -> Bucket:
+        """The cheapest of those that are ready and hold every data rank's plan."""
         buckets = self.programs.usable_buckets
-        if plan.num_steps > 1:
+        sizes = [(plan.tokens_per_step, len(plan.scheduled)) for plan in plans]
+        if plans[0].num_steps > 1:
             buckets = tuple(bucket for bucket in buckets if bucket.is_decode)
-        return pick_bucket(buckets, plan.tokens_per_step, len(plan.scheduled))
+        elif any(num_tokens != num_seqs for num_tokens, num_seqs in sizes):
+            buckets = tuple(bucket for bucket in buckets if not bucket.is_decode)
+        num_tokens, num_seqs = map(max, zip(*sizes, strict=True))
+        return pick_bucket(buckets, num_tokens, num_seqs)
 
     def memory_plan(self) -> memory.MemoryPlan:
         """The plan over every executable prepared so far."""
@@ -168,14 +193,16 @@ class ModelRunner:
             reserve=self.blueprint.reserve,
         )
 
-    def _admit(self, item: ScheduledRequest) -> None:
-        tables = self._mirror.admit(item)
+    def _admit(self, item: ScheduledRequest, rank: int) -> None:
+        mirror = self._mirrors[rank]
+        row = np.int32(rank * mirror.num_rows + item.row)  # counted through all data ranks
+        tables = mirror.admit(item)
         if tables is not None:
-            self.rows = self.programs[SET_PAGES](self.rows, np.int32(item.row), tables)
+            self.rows = self.programs[SET_PAGES](self.rows, row, tables)
         if is_adjusted(item.request.sampling):
-            self._set_row(item)
+            self._set_row(item, row)
 
-    def _set_row(self, item: ScheduledRequest) -> None:
+    def _set_row(self, item: ScheduledRequest, row: np.int32) -> None:
         """Set the tables of a request that uses penalties or bias. Its tokens are all known when it
         is admitted.
         """
@@ -190,4 +217,9 @@ class ModelRunner:
             bias[p.allowed_token_ids] = 0.0
         for token_id, value in (p.logit_bias or {}).items():
             bias[token_id] += value
-        self.rows = self.programs[SET_ROW](self.rows, np.int32(item.row), counts, prompt_mask, bias)
+        self.rows = self.programs[SET_ROW](self.rows, row, counts, prompt_mask, bias)
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Of data ranks, one after another."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -40,11 +40,12 @@ def abstract_kv(
 def abstract_rows(
     num_rows: int, vocab_size: int, num_groups: int, pages_per_seq: int, placement: Placement
 ) -> RowState:
-    sharding = placement.replicated
+    sharding = placement.per_data_rank
 
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
+    num_rows *= placement.split.data
     return RowState(
         last_token=array(jnp.int32, num_rows),
         output_counts=array(jnp.int32, num_rows, vocab_size),

@@ -75,7 +75,7 @@ def test_vllm_spellings(tmp_path: Path) -> None:
     [
         (["serve"], "name one model"),
         (["serve", "a", "--model", "b"], "name one model"),
-        (["serve", "m", "--data-parallel-size", "2"], "data_parallel_size must be 1"),
+        (["serve", "m", "-dp", "0"], "data_parallel_size must be >= 1"),
         (["serve", "m", "-tp", "0"], "tensor_parallel_size must be >= 1"),
         (["serve", "m", "-tp", "4", "--expert-parallel-size", "2"], "needs enable_expert_parallel"),
         (

@@ -15,6 +15,7 @@ import pytest
 from jengine.layers.param import abstract_parameters
 from jengine.protocol import CoreReady
 from jengine.request import SamplingParams
+from jengine.text.tokenizer import Tokenizer
 from tests.oracles.core_pump import CorePump
 from tests.oracles.driver import Driver
 from tests.oracles.dummy_model import write_dummy_model
@@ -35,8 +36,17 @@ pytestmark = pytest.mark.multi_device
 TOLERANCE = 1e-5
 TP2, TP4, TP8 = (dict(tensor_parallel_size=n) for n in (2, 4, 8))
 EP2, EP4, EP8 = (dict(tp, enable_expert_parallel=True) for tp in (TP2, TP4, TP8))
+DP2_EP = dict(data_parallel_size=2, enable_expert_parallel=True)
+DP2_TP2_EP = DP2_EP | TP2
 TP2_EP2, TP4_EP2 = (dict(ep, expert_parallel_size=2) for ep in (EP4, EP8))
 MESHES = {"tp2": TP2, "tp4": TP4, "ep2": EP2, "ep4": EP4, "tp2-ep2": TP2_EP2}
+MIXTRAL_OF_EIGHT = dict(
+    architectures=["MixtralForCausalLM"], num_local_experts=8, num_experts_per_tok=2
+)  # fmt: skip
+DIGITS = '{"grammars": [{"lark_grammar": "start: /[0-9]+/"}]}'
+SERVED: dict[str, Any] = dict(
+    load_format="auto", max_num_seqs=3, prefill_buckets=(32,), decode_buckets=(3,)
+)  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     **{name: dict(case.config, family=case.family) for name, case in DENSE.items()},
     **{f"moe-{name}": case for name, case in MOE.items()},
@@ -134,7 +144,10 @@ def test_shared_experts_and_latents(tmp_path: Path) -> None:
 
 def collectives(driver: Driver, bucket: str) -> dict[str, int]:
     """How many of each kind the compiled step has."""
-    hlo = driver.runner.programs[bucket].as_text()
+    return count_collectives(driver.runner.programs[bucket].as_text())
+
+
+def count_collectives(hlo: str | None) -> dict[str, int]:
     assert hlo is not None
     kinds = re.findall(
         r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", hlo
@@ -142,21 +155,68 @@ def collectives(driver: Driver, bucket: str) -> dict[str, int]:
     return dict(Counter(kinds))
 
 
+@pytest.mark.parametrize(
+    ("mesh", "config"), [(TP4, {}), (DP2_TP2_EP, MIXTRAL_OF_EIGHT)], ids=["tp4", "dp2-tp2-ep"]
+)
 @pytest.mark.slow
-def test_the_engine_serves_the_same(tmp_path: Path) -> None:
+def test_the_engine_serves_the_same(
+    mesh: dict[str, Any], config: dict[str, Any], tmp_path: Path
+) -> None:
     """Sampled, penalised, scored, planned ahead and several steps in a dispatch; from executables
     on disk the second time.
     """
-    folder = write_dummy_model(tmp_path / "model", vocab_size=130)  # which four do not divide
+    folder = write_dummy_model(tmp_path / "model", vocab_size=130, **config)  # four do not divide
     one = outputs(folder, tmp_path)
     assert len(one.logprobs) > 100
-    compiled, loaded = (outputs(folder, tmp_path, **TP4) for _ in range(2))
+    compiled, loaded = (outputs(folder, tmp_path, **mesh) for _ in range(2))
     assert compiled.num_compiled > 0 and loaded.num_compiled == 0
     for four in (compiled, loaded):
         assert four.tokens == one.tokens
         np.testing.assert_allclose(four.logprobs, one.logprobs, rtol=0, atol=TOLERANCE)
     two = outputs(folder, tmp_path, **TP2)
     assert two.num_compiled > 0 and two.tokens == one.tokens
+
+
+@pytest.mark.slow
+def test_data_ranks_constrain_preempt_and_abort(tiny_llama: Path) -> None:
+    """Few pages on each rank, a grammar on one of them, a request that goes away."""
+
+    def serve(pump: CorePump) -> dict[str, list[int]]:
+        for i in range(7):
+            params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+            pump.submit(f"r{i}", list(range(3 + i, 20 + i)), params)
+        pump.submit("bound", [5, 6], SamplingParams(temperature=0, max_tokens=20), grammar=DIGITS)
+        pump.turn()
+        pump.turn()
+        pump.abort("r3")
+        pump.drain()
+        return {name: tokens for name, tokens in pump.tokens().items() if name != "r3"}
+
+    one = CorePump(tiny_llama, load_format="auto", num_pages=160)
+    two = CorePump(tiny_llama, load_format="auto", num_pages=17, data_parallel_size=2)
+    assert serve(two) == serve(one)
+    assert two.core.scheduler.stats().num_preemptions > 0
+    assert two.core.scheduler.stats().num_pages_total == 2 * 16
+    text = Tokenizer.from_folder(tiny_llama).decode(two.tokens()["bound"])
+    assert re.match(r"\d+", text)
+
+
+def test_data_ranks_serve_their_own_requests(tmp_path: Path) -> None:
+    """Qwen3-MoE: two ranks with requests of their own and half of the experts each. A layer gathers
+    tokens, choices and weights, and scatters the sums.
+    """
+    make_tiny_llama(tmp_path, **dict(MOE["qwen3"], num_hidden_layers=1))
+    one, two = CorePump(tmp_path, **SERVED), CorePump(tmp_path, **SERVED, **DP2_EP)
+    for pump in (one, two):
+        for i, (prompt, answer) in enumerate(REQUESTS):
+            tokens = np.random.default_rng(i).integers(3, 512, prompt).tolist()
+            params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, logprobs=4)
+            pump.submit(f"r{i}", tokens, params)
+        pump.drain()
+    assert two.tokens() == one.tokens()
+    np.testing.assert_allclose(logprobs_of(two), logprobs_of(one), rtol=0, atol=TOLERANCE)
+    hlo = two.core.runner.programs["3x3"].as_text()
+    assert count_collectives(hlo) == {"all-gather": 3, "reduce-scatter": 1}
 
 
 @dataclasses.dataclass
@@ -167,10 +227,10 @@ class Served:
 
 
 def outputs(model: Path, tmp_path: Path, **options: Any) -> Served:
+    kept = dict(keep_executables=True, cache_dir=str(tmp_path / "cache"))
     pump = CorePump(
-        model, max_num_seqs=3, prefill_buckets=(32,), decode_buckets=(3,), max_decode_steps=4,
-        keep_executables=True, cache_dir=str(tmp_path / "cache"), **options,
-    )  # fmt: skip
+        model, **(SERVED | kept | dict(load_format="dummy")), max_decode_steps=4, **options
+    )
     rng = np.random.default_rng(1)
     for i, (prompt, answer) in enumerate(REQUESTS):
         params = SamplingParams(
@@ -180,11 +240,16 @@ def outputs(model: Path, tmp_path: Path, **options: Any) -> Served:
         )  # fmt: skip
         pump.submit(f"r{i}", rng.integers(3, 128, prompt).tolist(), params, seed=i)
     pump.drain()
-    found = [output for each in pump.outputs().values() for output in each]
-    entries = [e for o in found for e in [*(o.logprobs or []), *(o.prompt_logprobs or [])]]
     ready = next(message for message in pump.messages if isinstance(message, CoreReady))
-    logprobs = [value for entry in entries for value in entry.logprobs]
-    return Served(pump.tokens(), logprobs, ready.num_compiled)
+    return Served(pump.tokens(), logprobs_of(pump), ready.num_compiled)
+
+
+def logprobs_of(pump: CorePump) -> list[float]:
+    """Of outputs, then of prompts, request by request."""
+    found = sorted(pump.outputs().items())
+    entries = [e for _, outputs in found for o in outputs for e in o.logprobs or []]
+    entries += [e for _, outputs in found for o in outputs for e in o.prompt_logprobs or []]
+    return [value for entry in entries for value in entry.logprobs]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +259,7 @@ def outputs(model: Path, tmp_path: Path, **options: Any) -> Served:
         (dict(intermediate_size=98), TP4, r"intermediate_size \(98\)"),
         (dict(num_attention_heads=12, num_key_value_heads=3), TP4, r"num_key_value_heads \(3\)"),
         ({}, EP2, "no routed experts"),
-        ({}, dict(tensor_parallel_size=9), "tensor_parallel_size is 9, 8 devices"),
+        ({}, dict(TP4, data_parallel_size=3), "is 12, but 8 devices"),
     ],
 )
 def test_what_cannot_be_split_is_refused(

@@ -25,7 +25,7 @@ def test_default_mesh_is_one_device_with_all_axes() -> None:
     [
         (("mlp", "embed"), PartitionSpec(("expert", "tensor"), None)),
         (("embed", "heads"), PartitionSpec(None, ("expert", "tensor"))),
-        (("experts", "expert_mlp", "embed"), PartitionSpec("expert", "tensor", None)),
+        (("experts", "expert_mlp", "embed"), PartitionSpec(("data", "expert"), "tensor", None)),
         ((), PartitionSpec()),
     ],
 )
@@ -122,11 +122,34 @@ def test_collectives_follow_logical_axes() -> None:
             collectives.sum_over(mine, "embed"),
             collectives.mean_over(mine, "heads"),
             collectives.sum_over(collectives.once_over(x, "heads"), "heads"),
-            collectives.gather_over(mine[None], "heads", 0),
+            collectives.gather_over(mine, "heads", 0),
         )
 
-    x = jnp.float32(10)
+    x = jnp.float32([10])
+    assert not collectives.are_split_together("tokens", "experts")
     results = jax.jit(placement.on_ranks(program, (0,), 0))(x)
     got = [np.asarray(result).tolist() for result in results]
-    assert got == [46, 10, 11.5, 10, [10, 11, 12, 13]]
-    assert [np.asarray(r).tolist() for r in program(x)] == [10, 10, 10, 10, [10]]  # on one device
+    assert got == [[46], [10], [11.5], [10], [10, 11, 12, 13]]
+    assert [np.asarray(r).tolist() for r in program(x)] == [[10]] * 5  # on one device
+
+
+@pytest.mark.multi_device
+def test_sums_keep_to_ranks_of_the_same_tokens() -> None:
+    """Two data ranks of two: what others know of their tokens is gathered and scattered."""
+    split = Split(data=2, expert=2)
+    placement = Placement(split, tuple(jax.devices()[:4]))
+
+    def program(x_TD: jax.Array) -> tuple[jax.Array, ...]:
+        assert collectives.are_split_together("tokens", "experts")
+        assert (collectives.ways("experts"), split.ways("experts")) == (2, 4)
+        mine = x_TD + collectives.rank_in("experts").astype(x_TD.dtype)
+        everyone = collectives.gather_over(mine, "tokens", 0)
+        return collectives.sum_over(mine, "experts"), collectives.scatter_over(everyone, "tokens")
+
+    x = jax.device_put(np.array([[10.0], [20.0]], np.float32), placement.per_data_rank)
+    summed, scattered = jax.jit(placement.on_ranks(program, (x,), 0))(x)
+    # Ranks 0 and 1 have 10 + 0 and 10 + 1, ranks 2 and 3 have 20 + 2 and 20 + 3.
+    assert np.asarray(summed).ravel().tolist() == [21, 45]
+    # Summed over data ranks only; shown is what the first rank of each has.
+    own = [placement.of_data_rank(scattered, rank) for rank in range(2)]
+    assert [np.asarray(part).tolist() for part in own] == [[[20.0]], [[44.0]]]
