@@ -154,11 +154,28 @@ class CompileConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """Mesh axes. Only size one is built in this version."""
+    """Over how many devices of this machine the model is split (docs/parallelism.md). Names as in
+    vLLM.
+    """
 
     tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
-    enable_expert_parallel: bool = False
+    data_parallel_size: int = 1  # so many times that, each for requests of its own
+    enable_expert_parallel: bool = False  # over all of them
+    # With expert parallelism: of each tensor-parallel group, ranks that share the experts out; the
+    # others split each expert. None: all share them out.
+    expert_parallel_size: int | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
+    def num_expert_ranks(self) -> int:
+        """Ranks of a tensor-parallel group that share the routed experts out; one where each expert
+        is split."""
+        if not self.enable_expert_parallel:
+            return 1
+        return self.expert_parallel_size or self.tensor_parallel_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +196,9 @@ class EngineConfig:
             "max_num_seqs": self.scheduler.max_num_seqs,
             "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
             "max_decode_steps": self.scheduler.max_decode_steps,
+            "tensor_parallel_size": self.parallel.tensor_parallel_size,
+            "data_parallel_size": self.parallel.data_parallel_size,
+            "expert_parallel_size": self.parallel.expert_parallel_size,
         }
         for name, value in positive.items():
             if value is not None and value < 1:
@@ -192,8 +212,14 @@ class EngineConfig:
             )
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ValueError("gpu_memory_utilization must be in (0, 1]")
-        if self.parallel != ParallelConfig():
-            raise ValueError("this version runs on one device: parallel sizes must be 1")
+        parallel = self.parallel
+        if parallel.expert_parallel_size is not None and not parallel.enable_expert_parallel:
+            raise ValueError("expert_parallel_size needs enable_expert_parallel")
+        if parallel.tensor_parallel_size % parallel.num_expert_ranks:
+            raise ValueError(
+                f"expert_parallel_size ({parallel.num_expert_ranks}) must divide "
+                f"tensor_parallel_size ({parallel.tensor_parallel_size})"
+            )
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> Self:

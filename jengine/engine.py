@@ -16,10 +16,10 @@ import jax
 import msgspec
 
 from jengine.config import EngineConfig
+from jengine.core.data_ranks import AnyScheduler, build_scheduler
 from jengine.core.held import CompilingRequests
 from jengine.core.kv_manager import KVManager
 from jengine.core.plan import RequestUpdate, TokenLogprobs
-from jengine.core.scheduler import Scheduler
 from jengine.errors import InvalidRequestError, JengineError, QueueFullError, UnsupportedError
 from jengine.grammar.matcher import MatcherPool
 from jengine.models.loader import ModelDefinition, load_parameters, open_model
@@ -43,15 +43,16 @@ from jengine.protocol import (
 )
 from jengine.request import FinishReason, Request
 from jengine.runtime.blueprint import (
-    device_placement,
     draw_blueprint,
     dummy_compiler,
     keep_jax_cache,
     open_artifacts,
 )
-from jengine.runtime.memory import open_device
+from jengine.runtime.data_ranks import AnySteps, RanksHandle, steps_of
+from jengine.runtime.memory import open_devices
 from jengine.runtime.phases import Phases
 from jengine.runtime.runner import ModelRunner, StepHandle
+from jengine.sharding.placement import Placement
 
 if TYPE_CHECKING:
     from jengine.grammar.vocabulary import Vocabulary
@@ -64,7 +65,8 @@ class Wake:
 
 
 class EngineCore:
-    """One model on one device, driven by messages. `run` blocks its thread until `Shutdown`.
+    """One model on one device, or on a mesh, driven by messages. `run` blocks its thread until
+    `Shutdown`.
 
     Two steps are in flight at most: step n+1 is planned and dispatched while n runs, then n is
     collected.
@@ -74,7 +76,7 @@ class EngineCore:
         self._config = config
         self._emit = emit
         self._inbox: queue.SimpleQueue[ToCore | Wake] = queue.SimpleQueue()
-        self._in_flight: collections.deque[StepHandle] = collections.deque()
+        self._in_flight: collections.deque[StepHandle | RanksHandle] = collections.deque()
         self._depth = 2 if config.scheduler.async_scheduling else 1
         self._stop_at: float | None = None  # deadline of a drain; 0 = now
         self._padded_tokens = 0  # of the last step's bucket
@@ -84,7 +86,9 @@ class EngineCore:
         self._compiling = CompilingRequests()
         self._is_stalled = False  # nothing can be done before a message comes
         self.runner: ModelRunner
-        self.scheduler: Scheduler
+        # One plan a step, or one for each data rank.
+        self.scheduler: AnyScheduler
+        self._steps: AnySteps
 
     def submit(self, message: ToCore) -> None:
         """Hand a message to the loop. Thread-safe."""
@@ -137,16 +141,17 @@ class EngineCore:
         """
         config, phases = self._config, Phases()
         with phases.measure("device"):
-            device, device_memory = open_device(config.cache)
+            devices, device_memory = open_devices(config.cache, config.parallel.num_ranks)
         with phases.measure("model"):
             self._model = model = open_model(config)
-            artifacts = open_artifacts(config, device)
+            placement = Placement(model.split, devices)
+            artifacts = open_artifacts(config, placement)
             keep_jax_cache(artifacts)
-        draws, placement = dummy_compiler(artifacts), device_placement(device)
+        draws = dummy_compiler(artifacts, model.split)
         with ThreadPoolExecutor(1, thread_name_prefix="weights") as thread:
             weights = thread.submit(load_parameters, model, placement, draws)
             with phases.measure("plan"):
-                blueprint = draw_blueprint(config, model, device, device_memory, artifacts)
+                blueprint = draw_blueprint(config, model, placement, device_memory, artifacts)
                 self._close = blueprint.programs.close
             with phases.measure("load"):
                 blueprint.load()
@@ -183,12 +188,16 @@ class EngineCore:
     def attach(self, runner: ModelRunner, fingerprint: str = "") -> None:
         """Take a runner, and build the scheduler over its pages. `fingerprint` tells cached pages
         of this model from another's."""
-        kv = KVManager(
-            runner.groups,
-            runner.num_pages,
-            enable_prefix_caching=self._config.cache.enable_prefix_caching,
-            fingerprint=fingerprint,
-        )
+        pages = [
+            KVManager(
+                runner.groups,
+                runner.num_pages,
+                enable_prefix_caching=self._config.cache.enable_prefix_caching,
+                fingerprint=fingerprint,
+            )
+            for _ in range(runner.num_data_ranks)
+        ]
+        kv = pages[0]
         max_chunk = self._config.scheduler.max_num_batched_tokens
         if kv.max_request_tokens(max_chunk) < runner.max_model_len - 1:
             raise ValueError(
@@ -199,8 +208,8 @@ class EngineCore:
         config = dataclasses.replace(
             self._config.scheduler, max_decode_steps=runner.max_decode_steps
         )
-        self.runner = runner
-        self.scheduler = Scheduler(config, kv, runner.max_model_len)
+        self.runner, self._steps = runner, steps_of(runner)
+        self.scheduler = build_scheduler(config, pages, runner.max_model_len)
 
     def _memory_table(self) -> str:
         plan = self.runner.memory_plan()
@@ -220,13 +229,13 @@ class EngineCore:
         self._report(self.scheduler.settle())
         plan = self.scheduler.schedule() if len(self._in_flight) < self._depth else None
         if plan is not None:
-            handle = self.runner.dispatch(plan)
+            handle = self._steps.dispatch(plan)
             self._in_flight.append(handle)
-            self._padded_tokens = handle.bucket.num_tokens
+            self._padded_tokens = handle.bucket.num_tokens * self.runner.num_data_ranks
         self._is_stalled = plan is None and not self._in_flight
         if self._in_flight and (plan is None or len(self._in_flight) == self._depth):
             handle = self._in_flight.popleft()
-            self._report(self.scheduler.update(handle.plan, self.runner.collect(handle)))
+            self._report(self.scheduler.update(handle.plan, self._steps.collect(handle)))
 
     def _read_inbox(self) -> None:
         idle = self._is_stalled or not self.has_work

@@ -95,6 +95,7 @@ class LLM:
         return llm
 
     def _start(self, config: EngineConfig, core_factory: str) -> None:
+        self._num_devices = config.parallel.num_ranks
         self._engine = SyncEngine(config, core_factory)
         self._num_requests = 0
         self._enqueued: list[str] = []  # what `wait_for_completion` waits for
@@ -212,7 +213,7 @@ class LLM:
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Number of devices."""
-        return 1
+        return self._num_devices
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes. False if pages are in use and nothing was done."""

@@ -9,13 +9,13 @@ from jengine.layers.param import abstract_parameters
 from jengine.loading.dummy import dummy_programs
 from jengine.models.loader import open_model
 from jengine.runtime.blueprint import (
-    device_placement,
     draw_blueprint,
     dummy_compiler,
     open_artifacts,
 )
-from jengine.runtime.memory import open_device
+from jengine.runtime.memory import open_devices
 from jengine.runtime.programs import Prepared
+from jengine.sharding.placement import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,14 @@ def prebuild(config: EngineConfig) -> Prebuilt:
         config.compile, background_compile=False, keep_executables=True
     )
     config = dataclasses.replace(config, compile=compile_config)
-    device, device_memory = open_device(config.cache)
+    devices, device_memory = open_devices(config.cache, config.parallel.num_ranks)
     model = open_model(config)
-    artifacts = open_artifacts(config, device)
+    placement = Placement(model.split, devices)
+    artifacts = open_artifacts(config, placement)
     if model.checkpoint.tensors is None:
-        infos = abstract_parameters(model.module).values()
-        dummy_programs(infos, device_placement(device), dummy_compiler(artifacts))
-    blueprint = draw_blueprint(config, model, device, device_memory, artifacts)
+        draws = dummy_compiler(artifacts, model.split)
+        dummy_programs(abstract_parameters(model.module), placement, draws, model.cuts)
+    blueprint = draw_blueprint(config, model, placement, device_memory, artifacts)
     blueprint.load()
     blueprint.compile()
     executables = list(blueprint.programs.prepared.values())

@@ -44,8 +44,6 @@ HINTS: dict[str, Any] = {
 
 FEATURES: dict[str, tuple[Any, ...]] = {
     "convert": ("auto", "none"),
-    "data_parallel_size": (1,),
-    "enable_expert_parallel": (False,),
     "enable_lora": (False,),
     "enable_return_routed_experts": (False,),
     "enable_sleep_mode": (False,),
@@ -66,7 +64,6 @@ FEATURES: dict[str, tuple[Any, ...]] = {
     "spec_tokens": (),
     "structured_outputs_config": (),
     "task": ("auto", "generate"),
-    "tensor_parallel_size": (1,),
 }
 
 

@@ -2,7 +2,9 @@
 decays it, corrects what it returns for its key, and reads it with its query.
 """
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jengine.layers.param import param
 from jengine.pallas_kernels.gated_delta.api import gated_delta, short_conv
 from jengine.pallas_kernels.linear.api import linear
 from jengine.pallas_kernels.rms_norm.api import rms_norm
+from jengine.sharding.split import Split
 
 LENGTH_EPS = 1e-6  # of the squared length of queries and keys, whatever config.json says of norms
 STATE_DTYPE, STATE_ITEMSIZE = "float32", 4  # errors of a state add up over the text
@@ -29,6 +32,15 @@ class DeltaConfig:
     key_head_dim: int
     value_head_dim: int
     conv_kernel_dim: int
+
+    def of_rank(self, split: Split) -> Self:
+        """Raises `ValueError` naming a field that does not divide."""
+        keys, values = "linear_num_key_heads", "linear_num_value_heads"
+        return dataclasses.replace(
+            self,
+            num_key_heads=split.share_or_copy(self.num_key_heads, "heads", keys),
+            num_value_heads=split.share(self.num_value_heads, "heads", values),
+        )
 
     @property
     def key_dim(self) -> int:
@@ -58,11 +70,12 @@ class GatedDeltaNet(nnx.Module):
         self, dim: int, delta: DeltaConfig, dtype: str, *, layer: int, norm_eps: float
     ) -> None:
         self.delta, self.layer = delta, layer
-        N, values = delta.num_value_heads, delta.value_dim
+        N, keys, values = delta.num_value_heads, delta.key_dim, delta.value_dim
         # Queries, keys, values and the gate of the output z; the learning rate b and the decay a.
-        self.in_proj_qkvz = Linear(dim, delta.conv_dim + values, ("heads", "embed"), dtype)
-        self.in_proj_ba = Linear(dim, 2 * N, ("heads", "embed"), dtype)
-        self.conv1d = param((delta.conv_dim, delta.conv_kernel_dim), ("heads", None), dtype)
+        self.in_proj_qkvz = Linear(dim, (keys, keys, values, values), ("heads", "embed"), dtype)
+        self.in_proj_ba = Linear(dim, (N, N), ("heads", "embed"), dtype)
+        channels, width = (keys, keys, values), delta.conv_kernel_dim
+        self.conv1d = param((channels, width), ("heads", None), dtype)
         self.decay = param((N,), ("heads",), "float32", init="ones")
         self.dt_bias = param((N,), ("heads",), "float32", init="ones")
         self.norm = RMSNorm(delta.value_head_dim, norm_eps, "float32", axis="head_dim")

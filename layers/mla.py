@@ -59,11 +59,12 @@ class LatentAttention(nnx.Module):
         self.mla, self.layer, self.scale = mla, layer, scale
         heads_dim, C = num_heads * mla.qk_head_dim, mla.kv_lora_rank
         self.q_rows = mla.q_lora_rank or heads_dim
-        # Queries (or their latent), the latent of keys and values, the shared key: side by side.
-        self.qkv_a_proj = Linear(
-            dim, self.q_rows + mla.entry_dim, (None, "embed"), dtype, bias=bias
-        )
         rank = mla.q_lora_rank
+        # Queries (or their latent), the latent of keys and values, the shared key: side by side.
+        # Where ranks split the queries, each has the other two whole.
+        axis = "heads" if rank is None else None
+        rows = (self.q_rows, mla.entry_dim)
+        self.qkv_a_proj = Linear(dim, rows, (axis, "embed"), dtype, bias=bias)
         self.q_a_layernorm = None if rank is None else RMSNorm(rank, NORM_EPS, dtype)
         self.q_b_proj = None if rank is None else Linear(rank, heads_dim, ("heads", None), dtype)
         self.kv_a_layernorm = RMSNorm(C, NORM_EPS, dtype)

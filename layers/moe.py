@@ -1,16 +1,22 @@
 """Mixture of experts: a router picks a few MLPs for each token (arXiv:1701.06538, 2101.03961)."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jengine.layers.param import param
+from jengine.layers.linear import sum_of_ranks
+from jengine.layers.param import Size, param
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.grouped_matmul.api import expert_parts
 from jengine.pallas_kernels.linear.api import linear
+from jengine.pallas_kernels.linear.reference import sum_of_parts
 from jengine.pallas_kernels.route_experts.api import GroupedRouting, route, route_grouped
+from jengine.sharding import collectives
+from jengine.sharding.split import Split
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,16 @@ class MoEConfig:
     bias: bool = False  # of router and experts
     activation: ClampedSwiGLU | None = None  # in the place of SwiGLU
     grouped: GroupedRouting | None = None  # in the place of the softmax's largest
+    num_local_experts: int | None = None  # of one rank; None: all
+
+    def of_rank(self, split: Split) -> Self:
+        """Raises `ValueError` naming a field that does not divide."""
+        size = self.moe_intermediate_size
+        return dataclasses.replace(
+            self,
+            num_local_experts=split.share(self.num_experts, "experts", "num_experts"),
+            moe_intermediate_size=split.share(size, "expert_mlp", "moe_intermediate_size"),
+        )
 
 
 class Router(nnx.Module):
@@ -39,17 +55,18 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The weights of all routed experts, stacked."""
+    """The weights of all routed experts, or of those of one rank, stacked."""
 
     def __init__(self, dim: int, moe: MoEConfig, dtype: str) -> None:
-        E, F = moe.num_experts, moe.moe_intermediate_size
-        self.gate_up_proj = param((E, 2 * F, dim), ("experts", "mlp", "embed"), dtype)
-        self.down_proj = param((E, dim, F), ("experts", "embed", "mlp"), dtype)
+        E = moe.num_experts if moe.num_local_experts is None else moe.num_local_experts
+        F = moe.moe_intermediate_size
+        self.gate_up_proj = param((E, (F, F), dim), ("experts", "expert_mlp", "embed"), dtype)
+        self.down_proj = param((E, dim, F), ("experts", "embed", "expert_mlp"), dtype)
 
-        def bias(rows: int, axis: str) -> nnx.Param | None:
+        def bias(rows: Size, axis: str) -> nnx.Param | None:
             return param((E, rows), ("experts", axis), dtype, "zeros") if moe.bias else None
 
-        self.gate_up_bias, self.down_bias = bias(2 * F, "mlp"), bias(dim, "embed")
+        self.gate_up_bias, self.down_bias = bias((F, F), "expert_mlp"), bias(dim, "embed")
 
 
 class SparseMLP(nnx.Module):
@@ -75,18 +92,52 @@ class SparseMLP(nnx.Module):
 
     def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """[P, T, D], as `LlamaMLP.parts`; unspecified at or past `num_tokens`."""
+        local_PTD = self.local_parts(x_TD, num_tokens)
+        return sum_of_ranks(local_PTD, num_tokens, "experts", "expert_mlp")
+
+    def local_parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """As `parts`, of what this rank's experts add: all ranks see all tokens. Where ranks have
+        other tokens and other experts, theirs come here and the results go back.
+        """
         ids_Tk, weights_Tk = self.choose(self.gate(x_TD, num_tokens))
+        if not collectives.are_split_together("tokens", "experts"):
+            return self._of_experts(x_TD, ids_Tk, weights_Tk, num_tokens)
+        is_real_T1 = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None] < num_tokens
+        ids_Tk = jnp.where(is_real_T1, ids_Tk, self.moe.num_experts)  # nobody's
+        x_TD, ids_Tk, weights_Tk = (
+            collectives.gather_over(x, "tokens", 0) for x in (x_TD, ids_Tk, weights_Tk)
+        )
+        parts_PTD = self._of_experts(x_TD, ids_Tk, weights_Tk, jnp.int32(x_TD.shape[0]))
+        # As in `sum_of_ranks`: several summands are float32, and stay so.
+        dtype = x_TD.dtype if parts_PTD.shape[0] == 1 else jnp.float32
+        return collectives.scatter_over(sum_of_parts(parts_PTD, dtype), "tokens")[None]
+
+    def _of_experts(
+        self, x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, num_tokens: jax.Array
+    ) -> jax.Array:
+        """Summands of what this rank's experts add to tokens that chose among all."""
+        gate_up_EFD, down_EDF = self.experts.gate_up_proj[...], self.experts.down_proj[...]
         gate_up_bias, down_bias = self.experts.gate_up_bias, self.experts.down_bias
+        num_experts = down_EDF.shape[0]
+        num_all = None
+        if num_experts < self.moe.num_experts:
+            num_all = self.moe.num_experts
+            ids_Tk = ids_Tk - collectives.rank_in("experts") * num_experts
+            is_ours_Tk = (ids_Tk >= 0) & (ids_Tk < num_experts)
+            ids_Tk = jnp.where(is_ours_Tk, ids_Tk, num_experts)
+        if down_bias is not None:
+            down_bias = collectives.once_over(down_bias[...], "expert_mlp")
         return expert_parts(
             x_TD,
             ids_Tk,
             weights_Tk,
-            self.experts.gate_up_proj[...],
-            self.experts.down_proj[...],
+            gate_up_EFD,
+            down_EDF,
             num_tokens=num_tokens,
             gate_up_bias_EF=None if gate_up_bias is None else gate_up_bias[...],
-            down_bias_ED=None if down_bias is None else down_bias[...],
+            down_bias_ED=down_bias,
             activation=self.moe.activation,
+            num_experts=num_all,
         )
 
 

@@ -9,6 +9,7 @@ from jengine.pallas_kernels.add_rms_norm.api import add_rms_norm
 from jengine.pallas_kernels.add_rms_norm.reference import add_parts
 from jengine.pallas_kernels.linear.api import linear
 from jengine.pallas_kernels.rms_norm.api import rms_norm
+from jengine.sharding import collectives
 
 MIN_COLUMNS = 8  # of a product that sums rows: see `rms_norm/reference.py`
 
@@ -42,8 +43,11 @@ class WideRMSNorm(RMSNorm):
     def __init__(self, dim: int, eps: float, dtype: str, axis: str = "embed") -> None:
         del dtype
         super().__init__(dim, eps, "float32", axis)
+        self.axis = axis
 
     def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        if collectives.ways(self.axis) > 1:
+            return self._of_all_ranks(x_TD, num_tokens)
         return super().__call__(x_TD.astype(jnp.float32), num_tokens).astype(x_TD.dtype)
 
     def after(
@@ -52,6 +56,14 @@ class WideRMSNorm(RMSNorm):
         if added_PTD is not None:
             x_TD = add_parts(x_TD, added_PTD, num_tokens)
         return x_TD, self(x_TD, num_tokens)
+
+    def _of_all_ranks(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """Of rows that ranks hold in parts of one size. (Copies do not change a mean.)"""
+        x = x_TD.astype(jnp.float32)
+        mean_T1 = collectives.mean_over(row_means(x * x, num_tokens), self.axis)
+        return (x * jax.lax.rsqrt(mean_T1 + self.eps) * self.weight[...][None, :]).astype(
+            x_TD.dtype
+        )
 
 
 class LayerNorm(WideRMSNorm):
@@ -77,6 +89,11 @@ class BiasedLayerNorm(LayerNorm):
 
 
 def centre(x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-    """Float32 rows less their means, which are sums that depend on their own row only."""
+    """Float32 rows less their means."""
+    return x_TD - row_means(x_TD, num_tokens)
+
+
+def row_means(x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+    """[T, 1] of float32 rows: from sums that depend on their own row only."""
     ones = jnp.ones((MIN_COLUMNS, x_TD.shape[1]), jnp.float32)
-    return x_TD - linear(x_TD, ones, num_tokens=num_tokens)[:, :1] / x_TD.shape[1]
+    return linear(x_TD, ones, num_tokens=num_tokens)[:, :1] / x_TD.shape[1]

@@ -12,25 +12,32 @@ import jax.numpy as jnp
 from flax import nnx
 
 Initializer = Literal["normal", "ones", "zeros"]
+Size = int | tuple[int, ...]
 DUMMY_STD = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class ParamInfo:
     """What a parameter is, before it has a value. `logical_axes` names each dimension (see
-    `sharding/rules.py`).
+    `sharding/rules.py`); `sections` are the sizes of what lies side by side along it, by default
+    one thing.
     """
 
     shape: tuple[int, ...]
     dtype: str
     logical_axes: tuple[str | None, ...]
     init: Initializer = "normal"
+    sections: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.logical_axes):
             raise ValueError(
                 f"{len(self.shape)} dimensions but {len(self.logical_axes)} logical axes"
             )
+        if not self.sections:
+            object.__setattr__(self, "sections", tuple((size,) for size in self.shape))
+        if tuple(map(sum, self.sections)) != self.shape:
+            raise ValueError(f"sections {self.sections} do not make up {self.shape}")
 
     @property
     def num_bytes(self) -> int:
@@ -38,14 +45,19 @@ class ParamInfo:
 
 
 def param(
-    shape: tuple[int, ...],
+    shape: tuple[Size, ...],
     logical_axes: tuple[str | None, ...],
     dtype: str,
     init: Initializer = "normal",
 ) -> nnx.Param:
-    """Declare a parameter of a module. Its value is abstract until a loader fills it."""
-    info = ParamInfo(shape, dtype, logical_axes, init)
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), info=info)
+    """Declare a parameter of a module. Its value is abstract until a loader fills it.
+
+    A dimension of several things side by side is the tuple of their sizes: ranks cut each.
+    """
+    sections = tuple(size if isinstance(size, tuple) else (size,) for size in shape)
+    whole = tuple(map(sum, sections))
+    info = ParamInfo(whole, dtype, logical_axes, init, sections)
+    return nnx.Param(jax.ShapeDtypeStruct(whole, jnp.dtype(dtype)), info=info)
 
 
 def abstract_parameters(model: nnx.Module) -> Mapping[str, ParamInfo]:

@@ -22,6 +22,7 @@ from jengine.server.settings import MIB, ServerSettings
 _MODEL = "Model"
 _CACHE = "KV cache"
 _SCHEDULER = "Scheduling"
+_PARALLEL = "Devices"
 _COMPILE = "Compilation"
 _SERVER = "Server"
 _ACCESS = "Access"
@@ -152,10 +153,38 @@ class EngineFlags:
         ),
     ] = None
     tensor_parallel_size: Annotated[
-        int | None, _flag("--tensor-parallel-size", panel=_SCHEDULER, text="1 in this version.")
+        int | None,
+        _flag(
+            "--tensor-parallel-size",
+            "-tp",
+            panel=_PARALLEL,
+            text="Devices that split every layer: 1.",
+        ),
+    ] = None
+    enable_expert_parallel: Annotated[
+        bool,
+        _flag(
+            "--enable-expert-parallel",
+            panel=_PARALLEL,
+            text="They share the routed experts out instead of splitting each.",
+        ),
+    ] = False
+    expert_parallel_size: Annotated[
+        int | None,
+        _flag(
+            "--expert-parallel-size",
+            panel=_PARALLEL,
+            text="So many parts, each of which splits its experts; by default as many as devices.",
+        ),
     ] = None
     data_parallel_size: Annotated[
-        int | None, _flag("--data-parallel-size", panel=_SCHEDULER, text="1 in this version.")
+        int | None,
+        _flag(
+            "--data-parallel-size",
+            "-dp",
+            panel=_PARALLEL,
+            text="So many groups of them, each with requests of its own: 1.",
+        ),
     ] = None
     compile_cache_dir: Annotated[
         Path | None,

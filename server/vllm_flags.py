@@ -55,7 +55,6 @@ UNSUPPORTED = frozenset(
         "--data-parallel-rank",
         "--data-parallel-rpc-port",
         "--enable-auto-tool-choice",
-        "--enable-expert-parallel",
         "--enable-lora",
         "--enable-sleep-mode",
         "--kv-events-config",

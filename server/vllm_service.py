@@ -152,7 +152,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
                 last_receive_timestamp=state.last_receive_time,
                 uptime_seconds=state.uptime_seconds,
                 server_type=SERVER_TYPE,
-                data_parallel_size=1,
+                data_parallel_size=state.config.parallel.data_parallel_size,
                 kv_cache_dtype=state.config.cache.kv_cache_dtype,
                 block_size=engine.ready.page_size,
                 model_dtype=engine.model_info.dtype,

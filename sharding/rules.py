@@ -1,10 +1,9 @@
 """Logical axes -> mesh axes, said once. A `PartitionSpec` is written nowhere else."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jengine.sharding.mesh import MESH_AXES
 
@@ -16,17 +15,19 @@ class ShardingRules:
     """The mesh axis (or axes, major first) that splits each logical axis; None replicates it.
 
     The default is tensor parallelism within a layer: what `heads`, `mlp` and `vocab` produce
-    stays on its device until the sum over that axis.
+    stays on its device until the sum over that axis. Where experts are shared out, the ranks that
+    share them split everything else as those of `tensor` do.
     """
 
-    tokens: MeshAxes = None
+    tokens: MeshAxes = "data"  # each rank has requests of its own
     embed: MeshAxes = None
-    heads: MeshAxes = "tensor"
-    kv_heads: MeshAxes = "tensor"
+    heads: MeshAxes = ("expert", "tensor")
+    kv_heads: MeshAxes = ("expert", "tensor")
     head_dim: MeshAxes = None
-    mlp: MeshAxes = "tensor"
-    vocab: MeshAxes = "tensor"
-    experts: MeshAxes = "expert"
+    mlp: MeshAxes = ("expert", "tensor")
+    vocab: MeshAxes = ("expert", "tensor")
+    experts: MeshAxes = ("data", "expert")
+    expert_mlp: MeshAxes = "tensor"  # the inside of a routed expert
     pages: MeshAxes = None
 
     def __post_init__(self) -> None:
@@ -58,20 +59,6 @@ class ShardingRules:
                 owner[axis] = logical
         split = [self.mesh_axes(logical) for logical in logical_axes]
         return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in split))
-
-
-def named_sharding(
-    mesh: Mesh, rules: ShardingRules, shape: Sequence[int], logical_axes: Sequence[str | None]
-) -> NamedSharding:
-    """Where an array of this shape lives.
-
-    Raises `ValueError` if a dimension does not divide evenly.
-    """
-    for size, logical in zip(shape, logical_axes, strict=True):
-        ways = math.prod(mesh.shape[axis] for axis in rules.mesh_axes(logical))
-        if size % ways:
-            raise ValueError(f"{logical} of size {size} does not divide over {ways} devices")
-    return NamedSharding(mesh, rules.spec(logical_axes))
 
 
 def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:

@@ -59,10 +59,23 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         }
     ),
     "jengine.engine": frozenset(
-        {"jengine.runtime", "jengine.core", "jengine.models", "jengine.grammar", COMPAT}
+        {
+            "jengine.runtime",
+            "jengine.core",
+            "jengine.models",
+            "jengine.grammar",
+            "jengine.sharding.placement",
+            COMPAT,
+        }
     ),
     "jengine.prebuild": frozenset(
-        {"jengine.runtime", "jengine.models", "jengine.loading", "jengine.layers.param"}
+        {
+            "jengine.runtime",
+            "jengine.models",
+            "jengine.loading",
+            "jengine.layers.param",
+            "jengine.sharding.placement",
+        }
     ),
 }
 # The front end reaches the core by name ("jengine.engine:EngineCore") and by messages.

@@ -284,7 +284,7 @@ def test_arguments_of_vllm(folder: Path, caplog: pytest.LogCaptureFixture) -> No
 @pytest.mark.parametrize(
     ("kwargs", "error"),
     [
-        ({"tensor_parallel_size": 2}, UnsupportedError),
+        ({"pipeline_parallel_size": 2}, UnsupportedError),
         ({"quantization": "awq"}, UnsupportedError),
         ({"runner": "pooling"}, UnsupportedError),
         ({"hf_overrides": lambda config: config}, UnsupportedError),

@@ -79,6 +79,10 @@ class Scheduler:
             num_waiting=len(self._waiting),
         )
 
+    def has(self, request_id: str) -> bool:
+        """Whether a request of that id is in flight."""
+        return request_id in self._requests
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises `DuplicateRequestError`, `InvalidRequestError` if it can never
         fit, `QueueFullError`; then the request is not taken."""

@@ -29,13 +29,15 @@ GGUF_SUFFIX = ".gguf"
 
 
 class TensorSource(Protocol):
-    """Named tensors of a checkpoint, read by slices of rows (axis 0)."""
+    """Named tensors of a checkpoint, read by slices of rows (axis 0) and columns (axis 1)."""
 
     def names(self) -> Sequence[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def read(
+        self, name: str, rows: slice | None = None, columns: slice | None = None
+    ) -> np.ndarray:
         """A new array, or a view that must not be written to."""
         ...
 

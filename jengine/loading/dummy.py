@@ -5,7 +5,7 @@ weights. Drawn on the device: a host takes a minute for what a GPU does in a sec
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jengine.layers.param import DUMMY_STD, ParamInfo
+from jengine.sharding.cut import Cut
+from jengine.sharding.placement import Placement
 
 # Normals made at a time. They are written into the parameter's own buffer, so that a weight never
 # has a float32 copy of itself.
 CHUNK_ELEMENTS = 1 << 22
 COMPILE_THREADS = 4
+NO_CUTS: Mapping[str, Cut] = {}
 
 Draw = Callable[[np.ndarray], jax.Array]  # key u32[2] -> parameter
 
@@ -42,43 +45,53 @@ def compile_here(
 def dummy_parameters(
     abstract: Mapping[str, ParamInfo],
     seed: int,
-    placement: jax.sharding.Sharding,
+    placement: Placement,
     compile_: Compile = compile_here,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    cuts: Mapping[str, Cut] = NO_CUTS,
 ) -> dict[str, jax.Array]:
     """normal(0, 0.02) weights, ones and zeros where declared.
 
-    A parameter depends on `seed` and its path only: not on the other parameters or their order.
-    The draws of another back end may differ in the last bit.
+    A parameter depends on `seed` and its path only: not on the other parameters or their order,
+    nor on how it is cut. The draws of another back end may differ in the last bit.
     """
-    draws = dummy_programs(abstract.values(), placement, compile_)
+    draws = dummy_programs(abstract, placement, compile_, cuts)
     total = sum(info.num_bytes for info in abstract.values())
     done = 0
     parameters = {}
     for path, info in abstract.items():
-        parameters[path] = draws[program_name(info)](parameter_key(seed, path))
+        draw = draws[program_name(info, cuts.get(path))]
+        parameters[path] = draw(parameter_key(seed, path))
         done += info.num_bytes
         progress(done, total)
     return parameters
 
 
 def dummy_programs(
-    infos: Iterable[ParamInfo], placement: jax.sharding.Sharding, compile_: Compile
+    abstract: Mapping[str, ParamInfo],
+    placement: Placement,
+    compile_: Compile,
+    cuts: Mapping[str, Cut] = NO_CUTS,
 ) -> dict[str, Draw]:
-    """By name, one program for each distinct (shape, dtype, init)."""
-    key = jax.ShapeDtypeStruct((2,), np.uint32, sharding=placement)
-    distinct = {program_name(info): info for info in infos}
+    """By name, one program for each distinct (shape, dtype, init) and way to cut it."""
+    key = jax.ShapeDtypeStruct((2,), np.uint32, sharding=placement.replicated)
+    distinct = {
+        program_name(info, cut): (info, cut)
+        for path, info in abstract.items()
+        for cut in (cuts.get(path),)
+    }
 
-    def prepare(item: tuple[str, ParamInfo]) -> Draw:
-        name, info = item
-        return compile_(name, _jitted(info.shape, info.dtype, info.init, placement), (key,))
+    def prepare(item: tuple[str, tuple[ParamInfo, Cut | None]]) -> Draw:
+        name, (info, cut) = item
+        return compile_(name, _jitted(info.shape, info.dtype, info.init, placement, cut), (key,))
 
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
         return dict(zip(distinct, pool.map(prepare, distinct.items()), strict=True))
 
 
-def program_name(info: ParamInfo) -> str:
-    return f"{info.init}-{info.dtype}-{'x'.join(map(str, info.shape))}"
+def program_name(info: ParamInfo, cut: Cut | None = None) -> str:
+    name = f"{info.init}-{info.dtype}-{'x'.join(map(str, info.shape))}"
+    return name if cut is None else f"{name}-{hashlib.sha256(repr(cut).encode()).hexdigest()[:16]}"
 
 
 def parameter_key(seed: int, path: str) -> np.ndarray:
@@ -89,14 +102,18 @@ def parameter_key(seed: int, path: str) -> np.ndarray:
 
 @functools.cache
 def _jitted(
-    shape: tuple[int, ...], dtype: str, init: str, placement: jax.sharding.Sharding
+    shape: tuple[int, ...], dtype: str, init: str, placement: Placement, cut: Cut | None
 ) -> Callable[[jax.Array], jax.Array]:
     def draw(key_data: jax.Array) -> jax.Array:
         if init == "normal":
             return _normal(key_data, shape, jnp.dtype(dtype))
         return jnp.full(shape, 1 if init == "ones" else 0, jnp.dtype(dtype))
 
-    return jax.jit(draw, out_shardings=placement)
+    if cut is None:
+        return jax.jit(draw, out_shardings=placement.replicated)
+    # Every rank draws all of it and keeps its part: no rank waits for another.
+    result = jax.ShapeDtypeStruct(cut.shape, jnp.dtype(dtype), sharding=placement.of(cut))
+    return jax.jit(placement.on_ranks(lambda key: cut.part_of(draw(key)), (0,), result))
 
 
 def _normal(key_data: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

@@ -110,7 +110,11 @@ class GGUFSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.tensors[name].shape
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def read(
+        self, name: str, rows: slice | None = None, columns: slice | None = None
+    ) -> np.ndarray:
+        if columns is not None:  # blocks run along a row
+            return self.read(name, rows)[:, columns]
         tensor = self._file.tensors[name]
         start, stop, _ = (rows or slice(None)).indices(tensor.shape[0])
         if len(tensor.shape) == 1:  # a norm or a bias: small

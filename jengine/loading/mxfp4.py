@@ -39,9 +39,13 @@ class Mxfp4Source:
         experts, rows, groups, num_bytes = self._tensors.shape(name + BLOCKS)
         return experts, 2 * groups * num_bytes, rows
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def read(
+        self, name: str, rows: slice | None = None, columns: slice | None = None
+    ) -> np.ndarray:
         if name not in self._packed:
-            return self._tensors.read(name, rows)
+            return self._tensors.read(name, rows, columns)
+        if columns is not None:  # they are rows of the blocks
+            return self.read(name, rows)[:, columns]
         blocks, scales = (self._tensors.read(name + part, rows) for part in (BLOCKS, SCALES))
         return dequantise(blocks, scales).swapaxes(1, 2)
 

@@ -4,6 +4,7 @@ Loading fails, naming the tensor, on a source that no rule matches, a source tha
 of a parameter that two sources fill, and a shape that is not what the rule says.
 """
 
+import bisect
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from jengine.loading.checkpoint import TensorSource
 
 Placed = TypeVar("Placed")  # a parameter where `put` put it: a jax.Array in the engine
 
+Pieces = tuple[tuple[slice, ...], ...]  # of each dimension, in order
 LAYER = "{i}"  # stands for any layer index in a rule's source and target
 EXPERT = "{e}"  # stands for any expert index in a rule's source; its target stacks the experts
 CHUNK_BYTES = (
@@ -76,14 +78,13 @@ def load_parameters(
     tensors: TensorSource,
     table: WeightTable,
     abstract: Mapping[str, ParamInfo],
-    put: Callable[[str, np.ndarray], Placed],
+    put: Callable[[str, "Reader"], Placed],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Placed]:
-    """Fill every parameter of `abstract`, cast to its dtype (nearest even), one parameter in memory
-    at a time.
+    """Fill every parameter of `abstract`, cast to its dtype (nearest even).
 
-    `put` places a finished array and may keep it: it is never written again. `progress(done,
-    total)` counts bytes of parameters.
+    `put` places a parameter: it reads it, whole or in pieces, and may keep the arrays, which are
+    never written again. `progress(done, total)` counts bytes of parameters.
     """
     plan = plan_fills(tensors, table, abstract)
     total = sum(info.num_bytes for info in abstract.values())
@@ -91,17 +92,83 @@ def load_parameters(
     progress(done, total)
     parameters = {}
     for path, info in abstract.items():
-        value = aligned_empty(info.shape, numpy_dtype(info.dtype))
-        if info.init != "normal":
-            value[...] = 1 if info.init == "ones" else 0
-        for fill in plan.get(path, ()):
-            rows = value.reshape(rows_shape(info.shape, fill.rule))  # a view
-            _read_into(tensors, fill, rows[fill.start : fill.stop])
-        parameters[path] = put(path, value)
-        del value  # else this one would still be alive while the next is allocated
+        parameters[path] = put(path, Reader(tensors, info, plan[path]))
         done += info.num_bytes
         progress(done, total)
     return parameters
+
+
+class Reader:
+    """Reads one parameter, or pieces of it: of untransformed sources only the bytes asked for."""
+
+    def __init__(self, tensors: TensorSource, info: ParamInfo, fills: Sequence[Fill]) -> None:
+        """`fills` in the order of rows."""
+        self._tensors, self._info, self._fills = tensors, info, fills
+        self._transformed: dict[Fill, np.ndarray] | None = None  # for the next pieces
+
+    def __call__(self, pieces: Pieces | None = None) -> np.ndarray:
+        """A new array: for each dimension the pieces side by side, by default all of it."""
+        info = self._info
+        if pieces is None:
+            pieces = tuple((slice(0, size),) for size in info.shape)
+        elif self._transformed is None:
+            self._transformed = {}
+        shape = tuple(sum(p.stop - p.start for p in along) for along in pieces)
+        value = aligned_empty(shape, numpy_dtype(info.dtype))
+        if info.init != "normal":
+            value[...] = 1 if info.init == "ones" else 0
+        if not self._fills:
+            return value
+        rows, columns, out = pieces[0], pieces[1:], value
+        if EXPERT in self._fills[0].rule.source:  # rows are counted through all experts
+            rows, columns = _rows_of_experts(pieces[0], pieces[1], info.shape[1]), pieces[2:]
+            out = value.reshape(-1, *shape[2:])  # a view
+        stops = [piece.stop for piece in rows]
+        places = np.cumsum([0, *(piece.stop - piece.start for piece in rows)]).tolist()
+        for fill in self._fills:
+            for i in range(bisect.bisect_right(stops, fill.start), len(rows)):
+                start, stop = max(rows[i].start, fill.start), min(rows[i].stop, fill.stop)
+                if start >= stop:
+                    break
+                place = places[i] + start - rows[i].start
+                part = slice(start - fill.start, stop - fill.start)
+                self._read_into(fill, part, columns, out[place : place + stop - start])
+        return value
+
+    def _read_into(self, fill: Fill, rows: slice, columns: Pieces, out: np.ndarray) -> None:
+        """Read rows of one source, in chunks where no transform needs all of it at once."""
+        if fill.rule.transform is not None:
+            value = self._transform(fill)[rows]
+            cast_into(out, _take(value, columns), fill.source)
+            return
+        row_bytes = 4 * int(
+            np.prod(fill.rule.shape[1:], dtype=np.int64)
+        )  # as f32, which dequantising gives
+        step = max(1, CHUNK_BYTES // max(1, row_bytes))
+        # One piece of axis 1 is cut from the file, the rest from what was read.
+        is_cut = len(columns) == 1 and columns[0] != (slice(0, fill.rule.shape[1]),)
+        column = columns[0][0] if is_cut and len(columns[0]) == 1 else None
+        for start in range(rows.start, rows.stop, step):
+            chunk = slice(start, min(start + step, rows.stop))
+            if column is not None:
+                value = self._tensors.read(fill.source, chunk, column)
+            else:
+                value = _take(self._tensors.read(fill.source, chunk), columns)
+            cast_into(out[start - rows.start : chunk.stop - rows.start], value, fill.source)
+
+    def _transform(self, fill: Fill) -> np.ndarray:
+        assert fill.rule.transform is not None
+        kept = self._transformed
+        if kept is not None and fill in kept:
+            return kept[fill]
+        value = fill.rule.transform(self._tensors.read(fill.source))
+        if value.shape != fill.rule.filled:
+            raise LoadError(
+                f"the transform of tensor {fill.source!r} changed its shape to {value.shape}"
+            )
+        if kept is not None:
+            kept[fill] = value
+        return value
 
 
 def plan_fills(
@@ -260,20 +327,18 @@ def _pattern_matches(target: str, path: str) -> bool:
     return path.startswith(before) and path.endswith(after)
 
 
-def _read_into(tensors: TensorSource, fill: Fill, out: np.ndarray) -> None:
-    """Read one source into its rows, in chunks where no transform needs all of it at once."""
-    if fill.rule.transform is not None:
-        value = fill.rule.transform(tensors.read(fill.source))
-        if value.shape != fill.rule.filled:
-            raise LoadError(
-                f"the transform of tensor {fill.source!r} changed its shape to {value.shape}"
-            )
-        cast_into(out, value, fill.source)
-        return
-    row_bytes = 4 * int(
-        np.prod(fill.rule.shape[1:], dtype=np.int64)
-    )  # as f32, which dequantising gives
-    step = max(1, CHUNK_BYTES // max(1, row_bytes))
-    for start in range(0, len(out), step):
-        rows = slice(start, min(start + step, len(out)))
-        cast_into(out[rows], tensors.read(fill.source, rows), fill.source)
+def _rows_of_experts(
+    experts: tuple[slice, ...], rows: tuple[slice, ...], num_rows: int
+) -> tuple[slice, ...]:
+    """Pieces of rows that are counted through all experts."""
+    firsts = [expert * num_rows for piece in experts for expert in range(piece.start, piece.stop)]
+    return tuple(slice(first + r.start, first + r.stop) for first in firsts for r in rows)
+
+
+def _take(value: np.ndarray, columns: Pieces) -> np.ndarray:
+    """The pieces of every axis but the first."""
+    for axis, along in enumerate(columns, 1):
+        before = (slice(None),) * axis
+        parts = [value[(*before, piece)] for piece in along]
+        value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
+    return value

@@ -17,7 +17,7 @@ DTYPES = ("F64", "F32", "F16", "BF16", "U8")  # bytes: what another source unpac
 
 
 class SafetensorsSource:
-    """Reads slices of rows; files are mapped, so only the rows asked for are ever copied."""
+    """Reads slices; files are mapped, so only what is asked for is ever copied."""
 
     def __init__(self, folder: Path) -> None:
         self._slices: dict[str, Any] = {}
@@ -42,9 +42,11 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slices[name].get_shape())
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        part = self._slices[name]
-        return part[:] if rows is None else part[rows]
+    def read(
+        self, name: str, rows: slice | None = None, columns: slice | None = None
+    ) -> np.ndarray:
+        part, rows = self._slices[name], rows or slice(None)
+        return part[rows] if columns is None else part[rows, columns]
 
 
 def has_safetensors(folder: Path) -> bool:

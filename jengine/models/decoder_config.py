@@ -1,5 +1,6 @@
 """The numbers of one decoder model, read from a Hugging Face config.json."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -7,6 +8,7 @@ from typing import Any, ClassVar, Self
 from jengine.layers.gated import Activation
 from jengine.layers.rope import RopeTable, build_rope
 from jengine.models.config_fields import ConfigFields
+from jengine.sharding.split import Split
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,26 @@ class DecoderConfig:
             attention_scale=head_dim**-0.5,
             hidden_act=fields.require("hidden_act", ("silu", "gelu_pytorch_tanh"), default="silu"),
         )
+
+    def of_rank(self, split: Split) -> Self:
+        """The numbers of what one rank holds. Raises `ValueError` naming a field that does not
+        divide.
+        """
+        heads, kv_heads = "num_attention_heads", "num_key_value_heads"
+        changes = {
+            heads: split.share(self.num_attention_heads, "heads", heads),
+            kv_heads: split.share_or_copy(self.num_key_value_heads, "heads", kv_heads),
+            "vocab_size": split.share(self.vocab_size, "vocab", "vocab_size"),
+        }
+        if self.has_dense_layers:
+            size = self.intermediate_size
+            changes["intermediate_size"] = split.share(size, "mlp", "intermediate_size")
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether any layer has an MLP of `intermediate_size`."""
+        return True
 
     def layer_rope(self, layer: int) -> RopeTable:
         is_full = self.layer_windows[layer] is None

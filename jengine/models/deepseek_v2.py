@@ -27,6 +27,7 @@ from jengine.models.decoder_weights import (
 )
 from jengine.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 from jengine.models.sparse import QWEN_NAMES, SparseConfig, expert_rules
+from jengine.sharding.split import Split
 
 DEFAULTS = {  # where config.json may be silent and means something else than Llama's
     "q_lora_rank": 1536,
@@ -116,6 +117,12 @@ class DeepseekV2Config(SparseConfig):
             num_extra_layers=hf.get("num_nextn_predict_layers") or 0,
         )
 
+    def of_rank(self, split: Split) -> Self:
+        size, field = self.shared_intermediate_size, "moe_intermediate_size times n_shared_experts"
+        return dataclasses.replace(
+            super().of_rank(split), shared_intermediate_size=split.share(size, "mlp", field)
+        )
+
 
 def yarn_factor(scaling: Mapping[str, Any] | None) -> float:
     """By which YaRN grows the scores' two factors, where `mscale_all_dim` asks for it."""
@@ -134,9 +141,9 @@ class DeepseekMoE(SparseMLP):
         shared = dataclasses.replace(cfg, intermediate_size=cfg.shared_intermediate_size)
         self.shared_experts = LlamaMLP(shared)
 
-    def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        shared_PTD = self.shared_experts.parts(x_TD, num_tokens)
-        return side_by_side(super().parts(x_TD, num_tokens), shared_PTD)
+    def local_parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        shared_PTD = self.shared_experts.local_parts(x_TD, num_tokens)
+        return side_by_side(super().local_parts(x_TD, num_tokens), shared_PTD)
 
 
 class DeepseekV2ForCausalLM(LlamaForCausalLM):

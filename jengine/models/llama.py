@@ -11,7 +11,7 @@ from flax import nnx
 from jengine.kv_spec import KVKind, KVSpec
 from jengine.layers.attention import AttentionMetadata, rotary_paged_attention
 from jengine.layers.gated import Activation, gated_linear
-from jengine.layers.linear import Embedding, Linear, LMHead, scaled
+from jengine.layers.linear import Embedding, Linear, LMHead, scaled, sum_of_ranks
 from jengine.layers.linear import logits as head_logits
 from jengine.layers.norm import RMSNorm
 from jengine.layers.rope import rope_cos_sin
@@ -40,9 +40,13 @@ class LlamaAttention(nnx.Module):
         self.scale, self.soft_cap = cfg.attention_scale, cfg.attention_soft_cap
         self.spec = kv_spec(cfg, layer)
         heads_dim = cfg.num_attention_heads * cfg.head_dim
-        rows = heads_dim + 2 * cfg.num_key_value_heads * cfg.head_dim
+        kv_dim = cfg.num_key_value_heads * cfg.head_dim
         self.qkv_proj = Linear(
-            cfg.hidden_size, rows, ("heads", "embed"), cfg.dtype, bias=cfg.attention_bias
+            cfg.hidden_size,
+            (heads_dim, kv_dim, kv_dim),
+            ("heads", "embed"),
+            cfg.dtype,
+            bias=cfg.attention_bias,
         )
         self.o_proj = Linear(
             heads_dim,
@@ -121,7 +125,7 @@ class LlamaMLP(nnx.Module):
         self.activation: Activation = cfg.hidden_act
         self.gate_up_proj = Linear(
             cfg.hidden_size,
-            2 * cfg.intermediate_size,
+            (cfg.intermediate_size, cfg.intermediate_size),
             ("mlp", "embed"),
             cfg.dtype,
             bias=cfg.mlp_bias,
@@ -135,8 +139,12 @@ class LlamaMLP(nnx.Module):
 
     def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """[P, T, D]: summands of the result."""
+        return sum_of_ranks(self.local_parts(x_TD, num_tokens), num_tokens, "mlp")
+
+    def local_parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """As `parts`, of what this rank adds."""
         product_TF = gated_linear(self.gate_up_proj, x_TD, self.activation, num_tokens)
-        return self.down_proj.parts(product_TF, num_tokens)
+        return self.down_proj.local_parts(product_TF, num_tokens)
 
 
 class LlamaDecoderLayer(nnx.Module):

@@ -7,17 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
-from jengine.config import EngineConfig
+from jengine.config import EngineConfig, ParallelConfig
 from jengine.errors import LoadError
 from jengine.layers.param import abstract_parameters
 from jengine.loading.checkpoint import Checkpoint, open_checkpoint
 from jengine.loading.dummy import Compile, compile_here, dummy_parameters
+from jengine.loading.rules import Reader
 from jengine.loading.rules import load_parameters as load_checkpoint
 from jengine.models.registry import resolve_architecture
+from jengine.models.sparse import SparseConfig
 from jengine.pallas_kernels.kv_write.api import is_in_place
+from jengine.sharding.cut import Cut, cut_array
+from jengine.sharding.placement import Placement
+from jengine.sharding.split import Split
 
 log = logging.getLogger(__name__)
 
@@ -26,18 +30,38 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class ModelDefinition:
-    """An opened model whose parameters are not read: an abstract module, and where they are."""
+    """An opened model whose parameters are not read: an abstract module, and where they are.
+
+    `rank_cfg` and `rank_module` are what one rank of `split` holds of it: the same classes with
+    smaller numbers, and the same paths. Where nothing is split they are the whole.
+    """
 
     checkpoint: Checkpoint
     architecture: str
     cfg: Any  # the family's frozen config
     module: Any  # nnx.Module; holds no arrays
+    split: Split
+    rank_cfg: Any
+    rank_module: Any
     max_model_len: int
     seed: int  # of dummy parameters
 
+    @property
+    def cuts(self) -> dict[str, Cut]:
+        """How each parameter is cut, by path; none where nothing is split."""
+        if self.split.num_ranks == 1:
+            return {}
+        whole, local = map(abstract_parameters, (self.module, self.rank_module))
+        return {
+            path: cut_array(self.split, info.logical_axes, info.sections, local[path].sections)
+            for path, info in whole.items()
+        }
+
 
 def open_model(config: EngineConfig) -> ModelDefinition:
-    """Open the checkpoint and declare the module."""
+    """Open the checkpoint and declare the module. Raises `ValueError` naming a field that does not
+    divide over the ranks.
+    """
     checkpoint = open_checkpoint(config.model)
     hf = checkpoint.hf_config
     architecture, model_class = resolve_architecture(hf)
@@ -51,32 +75,68 @@ def open_model(config: EngineConfig) -> ModelDefinition:
     cfg = model_class.config_class.from_hf(
         hf, dtype=dtype, kv_dtype=kv_dtype, max_model_len=max_model_len
     )
+    module = model_class(cfg)
+    split = split_of(config.parallel, cfg)
+    rank_cfg, rank_module = cfg, module
+    if split.num_ranks > 1:
+        rank_cfg = cfg.of_rank(split)
+        rank_module = model_class(rank_cfg)
     return ModelDefinition(
-        checkpoint, architecture, cfg, model_class(cfg), max_model_len, config.model.seed
+        checkpoint=checkpoint,
+        architecture=architecture,
+        cfg=cfg,
+        module=module,
+        split=split,
+        rank_cfg=rank_cfg,
+        rank_module=rank_module,
+        max_model_len=max_model_len,
+        seed=config.model.seed,
     )
+
+
+def split_of(parallel: ParallelConfig, cfg: Any) -> Split:
+    """The mesh that a model of this config is cut for."""
+    expert = parallel.num_expert_ranks
+    if (
+        parallel.enable_expert_parallel
+        and parallel.num_ranks > 1
+        and not isinstance(cfg, SparseConfig)
+    ):
+        raise ValueError("enable_expert_parallel: the model has no routed experts")
+    split = Split(
+        data=parallel.data_parallel_size,
+        expert=expert,
+        tensor=parallel.tensor_parallel_size // expert,
+    )
+    if not parallel.enable_expert_parallel:  # every data rank has all experts
+        split = split.without("experts")
+    # Such a vocabulary is small beside the layers; every rank holds it whole.
+    return split.without("vocab") if cfg.vocab_size % split.ways("vocab") else split
 
 
 def load_parameters(
     model: ModelDefinition,
-    placement: jax.sharding.Sharding,
+    placement: Placement,
     compile_: Compile = compile_here,
 ) -> dict[str, jax.Array]:
-    """Read, or draw, the parameters onto the device, by path. They may still be on their way."""
+    """Read, or draw, the parameters onto the devices, by path. They may still be on their way."""
     started = time.perf_counter()
-    abstract = abstract_parameters(model.module)
+    abstract, cuts = abstract_parameters(model.module), model.cuts
     with tqdm(desc="weights", unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        def put(path: str, value: np.ndarray) -> jax.Array:
-            del path
-            return jax.device_put(value, placement)
+        def put(path: str, read: Reader) -> jax.Array:
+            if path in cuts:
+                return placement.place(cuts[path], read)
+            return jax.device_put(read(), placement.replicated)
 
         tensors = model.checkpoint.tensors
         if tensors is None:
-            parameters = dummy_parameters(abstract, model.seed, placement, compile_, progress)
+            seed = model.seed
+            parameters = dummy_parameters(abstract, seed, placement, compile_, progress, cuts)
         else:
             table = type(model.module).weight_table(model.cfg, model.checkpoint.dialect)
             parameters = load_checkpoint(tensors, table, abstract, put, progress)

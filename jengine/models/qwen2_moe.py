@@ -23,6 +23,8 @@ from jengine.models.decoder_weights import (
 )
 from jengine.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 from jengine.models.sparse import QWEN_NAMES, SparseConfig, expert_rules
+from jengine.pallas_kernels.linear.reference import sum_of_parts
+from jengine.sharding.split import Split
 
 DEFAULTS = {  # where config.json may be silent and means something else than Llama's
     "num_key_value_heads": 16,
@@ -64,6 +66,11 @@ class Qwen2MoeConfig(SparseConfig):
             shared_expert_intermediate_size=fields.integer("shared_expert_intermediate_size"),
         )
 
+    def of_rank(self, split: Split) -> Self:
+        field = "shared_expert_intermediate_size"
+        size = split.share(self.shared_expert_intermediate_size, "mlp", field)
+        return dataclasses.replace(super().of_rank(split), **{field: size})
+
 
 def layer_types(hf: Mapping[str, Any], num_layers: int) -> list[str]:
     """Every other layer below `max_window_layers` has a window, if windows are used at all."""
@@ -82,10 +89,11 @@ class Qwen2MoeMLP(SparseMLP):
         self.shared_expert = LlamaMLP(shared_config(cfg))
         self.shared_expert_gate = Linear(cfg.hidden_size, 1, (None, "embed"), cfg.dtype)
 
-    def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+    def local_parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         share_T1 = jax.nn.sigmoid(self.shared_expert_gate(x_TD, num_tokens))
-        shared_TD = share_T1 * self.shared_expert(x_TD, num_tokens)
-        return side_by_side(super().parts(x_TD, num_tokens), shared_TD[None])
+        shared_PTD = self.shared_expert.local_parts(x_TD, num_tokens)
+        shared_TD = share_T1 * sum_of_parts(shared_PTD, x_TD.dtype)
+        return side_by_side(super().local_parts(x_TD, num_tokens), shared_TD[None])
 
 
 def shared_config(cfg: Qwen2MoeConfig) -> Qwen2MoeConfig:

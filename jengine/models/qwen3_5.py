@@ -23,6 +23,7 @@ from jengine.models.gated_hybrid import (
     hybrid_rules,
 )
 from jengine.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
+from jengine.sharding.split import Split
 
 DEFAULTS = {**gated_hybrid.DEFAULTS, "num_key_value_heads": 4}
 
@@ -43,6 +44,9 @@ class Qwen35Config(DecoderConfig):
             attention_fields(hf), dtype=dtype, kv_dtype=kv_dtype, max_model_len=max_model_len
         )
         return cls(**vars(dense), **delta_fields(hf))
+
+    def of_rank(self, split: Split) -> Self:
+        return dataclasses.replace(super().of_rank(split), delta=self.delta.of_rank(split))
 
 
 class Qwen35ForCausalLM(LlamaForCausalLM):

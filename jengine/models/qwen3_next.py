@@ -27,6 +27,7 @@ from jengine.models.gated_hybrid import (
 from jengine.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 from jengine.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeMLP, shared_expert_rules
 from jengine.models.sparse import QWEN_NAMES, SparseConfig, expert_rules
+from jengine.sharding.split import Split
 
 DEFAULTS = {  # where config.json may be silent and means something else than Llama's
     **gated_hybrid.DEFAULTS,
@@ -56,6 +57,9 @@ class Qwen3NextConfig(Qwen2MoeConfig):
         )
         shared = ConfigFields(hf).integer("shared_expert_intermediate_size")
         return cls(**vars(sparse), **delta_fields(hf), shared_expert_intermediate_size=shared)
+
+    def of_rank(self, split: Split) -> Self:
+        return dataclasses.replace(super().of_rank(split), delta=self.delta.of_rank(split))
 
 
 class Qwen3NextForCausalLM(LlamaForCausalLM):

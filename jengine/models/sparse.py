@@ -1,5 +1,6 @@
 """What families with routed experts share: their numbers, and the rules of their tensors."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -9,6 +10,7 @@ from jengine.loading.rules import WeightRule
 from jengine.models.config_fields import ConfigFields
 from jengine.models.decoder_config import DecoderConfig
 from jengine.models.decoder_weights import weight_rule
+from jengine.sharding.split import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,13 @@ class SparseConfig(DecoderConfig):
         without = hf.get("mlp_only_layers") or ()
         sparse = [i not in without and (i + 1) % step == 0 for i in range(dense.num_hidden_layers)]
         return cls(**vars(dense), moe=moe, sparse_layers=tuple(sparse))
+
+    def of_rank(self, split: Split) -> Self:
+        return dataclasses.replace(super().of_rank(split), moe=self.moe.of_rank(split))
+
+    @property
+    def has_dense_layers(self) -> bool:
+        return not all(self.sparse_layers)
 
 
 @dataclass(frozen=True)

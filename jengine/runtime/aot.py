@@ -39,23 +39,23 @@ class ExecutableStore:
     absent.
     """
 
-    def __init__(self, folder: Path | None, device: jax.Device) -> None:
+    def __init__(self, folder: Path | None, devices: tuple[jax.Device, ...]) -> None:
         self.folder = folder
-        self._device = device
+        self._devices = devices
 
     def inside(self, name: str) -> "ExecutableStore":
         """The store in a folder of this one."""
-        return ExecutableStore(None if self.folder is None else self.folder / name, self._device)
+        return ExecutableStore(None if self.folder is None else self.folder / name, self._devices)
 
     def load(self, name: str, structure: tuple[Any, Any]) -> jax.stages.Compiled | None:
         """`structure` is (in_tree, out_tree) of the executable's call."""
         if (payload := self._read(name)) is None:
             return None
-        if self._device.platform == "gpu":
+        if self._devices[0].platform == "gpu":
             _prepare_mosaic()
         try:
             return serialize_executable.deserialize_and_load(
-                payload, *structure, execution_devices=[self._device]
+                payload, *structure, execution_devices=self._devices
             )
         except (jax.errors.JaxRuntimeError, ValueError, pickle.UnpicklingError) as error:
             log.warning("executable %s cannot be loaded; compiling it again: %s", name, error)
@@ -131,7 +131,7 @@ class Artifacts:
     """The folders of one toolchain under `root`; None: nothing is kept."""
 
     root: Path | None
-    device: jax.Device
+    devices: tuple[jax.Device, ...]  # that a program runs on, in the order of ranks
     options: Options
 
     @functools.cached_property
@@ -141,8 +141,8 @@ class Artifacts:
     def store(self, facts: Mapping[str, Any]) -> ExecutableStore:
         """The store of programs that depend on `facts` besides the toolchain."""
         if self.toolchain is None:
-            return ExecutableStore(None, self.device)
-        return ExecutableStore(self._folder(self.toolchain, facts), self.device)
+            return ExecutableStore(None, self.devices)
+        return ExecutableStore(self._folder(self.toolchain, facts), self.devices)
 
     def cache(self, name: str) -> Path | None:
         """A folder for a cache that keeps its own keys."""
@@ -156,10 +156,11 @@ class Artifacts:
         return {
             "jax": jax.__version__,
             "jaxlib": jaxlib.version.__version__,
-            "platform": self.device.platform,
+            "platform": self.devices[0].platform,
             "platform_version": jax.extend.backend.get_backend().platform_version,
-            "device_kind": self.device.device_kind,
+            "device_kind": self.devices[0].device_kind,
             "device_count": jax.device_count(),
+            "devices": [device.id for device in self.devices],
             "xla_flags": xla_flags(),
             "compiler_options": self.options,
             "enable_x64": jax.config.jax_enable_x64,

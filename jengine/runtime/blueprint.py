@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Sharding, SingleDeviceSharding
 
 from jengine.config import EngineConfig, cache_root, xla_flags
 from jengine.kv_spec import KVGroup, build_groups
@@ -53,6 +52,8 @@ from jengine.runtime.shapes import (
     num_bytes,
 )
 from jengine.runtime.step import StepSpec
+from jengine.sharding.placement import Placement
+from jengine.sharding.split import Split
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ class Blueprint:
 
     config: EngineConfig
     model: ModelDefinition
-    device: jax.Device
-    device_memory: DeviceMemory
+    placement: Placement
+    device_memory: DeviceMemory  # of each device
     param_paths: tuple[str, ...]
     buckets: tuple[Bucket, ...]
     max_decode_steps: int
@@ -82,7 +83,7 @@ class Blueprint:
 
     def load(self) -> None:
         """Load the executables that are on disk."""
-        self.programs.load(compile_threads(self.config, self.device))
+        self.programs.load(compile_threads(self.config, self.placement.device))
 
     def compile(self) -> None:
         """Compile those without which we cannot serve, or all: see `background_compile`.
@@ -92,9 +93,9 @@ class Blueprint:
         """
         background = self.config.compile.background_compile
         if background is None:
-            background = self.device.platform != "cpu"
+            background = self.placement.device.platform != "cpu"
         names = essential_programs(self.buckets) if background else self.programs.names
-        self.programs.compile(len(names), compile_threads(self.config, self.device))
+        self.programs.compile(len(names), compile_threads(self.config, self.placement.device))
 
 
 def essential_programs(buckets: Sequence[Bucket]) -> list[str]:
@@ -110,20 +111,25 @@ def all_programs(buckets: Sequence[Bucket]) -> list[str]:
 def draw_blueprint(
     config: EngineConfig,
     model: ModelDefinition,
-    device: jax.Device,
+    placement: Placement,
     device_memory: DeviceMemory,
     artifacts: Artifacts,
 ) -> Blueprint:
     """Plans the memory; on a GPU, the first time, by compiling the largest buckets."""
-    placement = device_placement(device)
-    groups = build_groups(type(model.module).kv_specs(model.cfg), config.cache.page_size)
-    growth = CPU_GROWTH if device.platform == "cpu" else GPU_GROWTH
+    platform = placement.device.platform
+    groups = build_groups(type(model.module).kv_specs(model.rank_cfg), config.cache.page_size)
+    growth = CPU_GROWTH if platform == "cpu" else GPU_GROWTH
     buckets = build_buckets(config.compile, config.scheduler, growth)
-    abstract = abstract_parameters(model.module)
-    leaves = tuple(abstract_leaf(info, placement) for info in abstract.values())
-    max_steps = config.scheduler.max_decode_steps or choose_max_decode_steps(
-        device.platform, bytes_of_one_token(abstract.values(), model.cfg)
+    abstract, cuts = abstract_parameters(model.module), model.cuts
+    leaves = tuple(
+        abstract_leaf(info, cuts.get(path), placement) for path, info in abstract.items()
     )
+    of_rank = abstract_parameters(model.rank_module).values()
+    max_steps = config.scheduler.max_decode_steps or choose_max_decode_steps(
+        platform, bytes_of_one_token(of_rank, model.cfg)
+    )
+    if model.split.data > 1:  # which could not agree on a number
+        max_steps = 1
     layouts = {b: _layout(config, model, len(groups), max_steps, b) for b in buckets}
     some = layouts[buckets[0]]
     table = ProgramTable(
@@ -138,23 +144,19 @@ def draw_blueprint(
         fill=math.nan if config.cache.poison else 0.0,
         placement=placement,
     )
-    store = artifacts.store(_program_facts(model, table, device))
+    store = artifacts.store(_program_facts(model, table))
     reserve = memory.reserve_bytes(
         device_memory,
-        largest_tuned_bytes(
-            abstract.values(), buckets, is_hopper() and model.cfg.dtype == "bfloat16"
-        ),
+        largest_tuned_bytes(of_rank, buckets, is_hopper() and model.cfg.dtype == "bfloat16"),
     )
-    num_pages = _plan_pages(config, model, table, device_memory, reserve, device, store)
+    num_pages = _plan_pages(config, model, table, device_memory, reserve, store)
     table = with_pages(table, num_pages)
-    options = artifacts.options | xla_options.tuning_cache(
-        device.platform, artifacts.cache("autotune")
-    )
+    options = artifacts.options | xla_options.tuning_cache(platform, artifacts.cache("autotune"))
     inside = "-".join(map(str, num_pages)) + ("-poison" if config.cache.poison else "")
     return Blueprint(
         config=config,
         model=model,
-        device=device,
+        placement=placement,
         device_memory=device_memory,
         param_paths=tuple(abstract),
         buckets=buckets,
@@ -183,17 +185,17 @@ def largest_tuned_bytes(
     return max(tuned, default=0)
 
 
-def open_artifacts(config: EngineConfig, device: jax.Device) -> Artifacts:
+def open_artifacts(config: EngineConfig, placement: Placement) -> Artifacts:
     """Where this engine keeps what it compiles."""
     root = Path(config.compile.cache_dir or cache_root() / "executables")
-    options = xla_options.compiler_options(device.platform, xla_flags())
-    return Artifacts(root if config.compile.keep_executables else None, device, options)
+    options = xla_options.compiler_options(placement.device.platform, xla_flags())
+    return Artifacts(root if config.compile.keep_executables else None, placement.devices, options)
 
 
-def dummy_compiler(artifacts: Artifacts) -> ProgramCache:
+def dummy_compiler(artifacts: Artifacts, split: Split) -> ProgramCache:
     """For the programs that draw dummy parameters; all models share them."""
     source = hashlib.sha256(inspect.getsource(dummy).encode()).hexdigest()
-    return ProgramCache(artifacts.store({"dummy parameters": source}))
+    return ProgramCache(artifacts.store({"dummy parameters": source, "split": repr(split)}))
 
 
 def keep_jax_cache(artifacts: Artifacts) -> None:
@@ -201,13 +203,8 @@ def keep_jax_cache(artifacts: Artifacts) -> None:
     (On a CPU it saves little: such programs are small.)
     """
     is_free = jax.config.jax_compilation_cache_dir is None
-    if is_free and artifacts.device.platform != "cpu" and (folder := artifacts.cache("jax")):
+    if is_free and artifacts.devices[0].platform != "cpu" and (folder := artifacts.cache("jax")):
         jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def device_placement(device: jax.Device) -> Sharding:
-    """Where parameters and state live."""
-    return SingleDeviceSharding(device)
 
 
 def compile_threads(config: EngineConfig, device: jax.Device) -> int:
@@ -225,7 +222,7 @@ def with_pages(table: ProgramTable, num_pages: tuple[int, ...]) -> ProgramTable:
 def _step_spec(
     config: EngineConfig, model: ModelDefinition, groups: tuple[KVGroup, ...]
 ) -> StepSpec:
-    graphdef, state = nnx.split(model.module)
+    graphdef, state = nnx.split(model.rank_module)
     num_top = config.max_logprobs if config.max_logprobs > 0 else DEFAULT_TOP
     num_top = min(num_top, model.cfg.vocab_size)
     return StepSpec(
@@ -257,7 +254,6 @@ def _plan_pages(
     table: ProgramTable,
     device_memory: DeviceMemory,
     reserve: int,
-    device: jax.Device,
     store: ExecutableStore,
 ) -> tuple[int, ...]:
     def plan(workspace: int) -> tuple[int, ...]:
@@ -281,18 +277,18 @@ def _plan_pages(
     provisional = with_pages(table, plan(0))
     decode = max(bucket for bucket in table.layouts if bucket.is_decode)
     names = str(max(table.layouts)), str(decode)  # what takes most, of either kind
-    measured = _measured(provisional, names, device, store)
+    measured = _measured(provisional, names, store)
     return plan(max(map(memory.workspace_bytes, measured)))
 
 
 def _measured(
-    table: ProgramTable, names: Sequence[str], device: jax.Device, store: ExecutableStore
+    table: ProgramTable, names: Sequence[str], store: ExecutableStore
 ) -> list[ExecutableMemory]:
     """What programs take: as noted on disk, else by compiling them, untuned."""
     note = f"memory-{'-'.join(names)}"
     if (known := store.recall(note)) is not None:
         return [ExecutableMemory(**figures) for figures in known["programs"]]
-    options = xla_options.measuring_options(device.platform, xla_flags())
+    options = xla_options.measuring_options(table.placement.device.platform, xla_flags())
     lowered = [table.lower(name) for name in names]
 
     def compile_(lowered: jax.stages.Lowered, name: str) -> jax.stages.Compiled:
@@ -309,9 +305,7 @@ def _measured(
     return measured
 
 
-def _program_facts(
-    model: ModelDefinition, table: ProgramTable, device: jax.Device
-) -> dict[str, Any]:
+def _program_facts(model: ModelDefinition, table: ProgramTable) -> dict[str, Any]:
     """What programs depend on but for the toolchain, the bucket and the number of pages."""
     layouts = table.layouts.values()
     max_steps = max(layout.max_steps for layout in layouts)
@@ -321,9 +315,10 @@ def _program_facts(
     return {
         "sources": source_digest(),
         "family": family_digest(type(model.module).__module__),
-        "native": native.fingerprint() if device.platform == "cpu" else None,
+        "native": native.fingerprint() if table.placement.device.platform == "cpu" else None,
         "architecture": model.architecture,
         "config": repr(model.cfg),
+        "split": repr(model.split),
         "groups": repr(table.spec.groups),
         "layout": repr(anywhere),
         "num_logprobs": table.spec.num_logprobs,

@@ -126,22 +126,33 @@ def executable_memory(compiled: jax.stages.Compiled, inputs: int) -> ExecutableM
     )
 
 
-def open_device(cache: CacheConfig) -> tuple[jax.Device, DeviceMemory]:
-    """The device, and what we may use of it. Starts the back end, its pool sized as planned, unless
-    it runs already.
+def open_devices(
+    cache: CacheConfig, num_devices: int = 1
+) -> tuple[tuple[jax.Device, ...], DeviceMemory]:
+    """The devices, and what we may use of each. Starts the back end, its pool sized as planned,
+    unless it runs already. Raises `ValueError` if there are too few.
     """
     jax_compat.quiet_without_gpu()
     if not jax_compat.backends_are_initialized():
         set_device_memory_share(cache.gpu_memory_utilization - OUTSIDE_SHARE)
-    device = jax.devices()[0]
+    devices = tuple(jax.devices()[:num_devices])
+    if len(devices) < num_devices:
+        raise ValueError(
+            f"tensor_parallel_size times data_parallel_size is {num_devices}, "
+            f"but {len(devices)} devices are there"
+        )
     gc.collect()  # arrays of an engine that was closed
-    return device, device_memory(device, cache)
+    memories = (device_memory(device, cache, num_devices) for device in devices)
+    return devices, min(memories, key=lambda memory: memory.pool)
 
 
-def device_memory(device: jax.Device, cache: CacheConfig) -> DeviceMemory:
-    """Call it before anything is allocated: what is in use by then is somebody else's."""
+def device_memory(device: jax.Device, cache: CacheConfig, num_devices: int = 1) -> DeviceMemory:
+    """Call it before anything is allocated: what is in use by then is somebody else's. All devices
+    of a CPU share its memory.
+    """
     if device.platform == "cpu":
-        budget = int(_available_host_bytes() * cache.gpu_memory_utilization)
+        available = _available_host_bytes() // num_devices
+        budget = int(available * cache.gpu_memory_utilization)
         return DeviceMemory(budget, budget, is_planned=False)
     stats = device.memory_stats()
     if stats is None:  # another allocator than XLA's pool: the user must say how many pages

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from jengine.layers.sampling import Logprobs, RowState
@@ -32,6 +33,7 @@ from jengine.runtime.step import (
     set_row,
 )
 from jengine.runtime.xla_options import Options, bucket_options
+from jengine.sharding.placement import Placement
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,6 @@ class Program:
     arguments: tuple[Any, ...]  # abstract
     result: Any  # a tree shaped like the result
     input_bytes: int  # of arguments that come from the host at each call
-    placement: jax.sharding.Sharding | None = None  # of the result, where no argument says it
 
     @property
     def structure(self) -> tuple[Any, Any]:
@@ -69,15 +70,15 @@ class ProgramTable:
     rows: RowState  # of ShapeDtypeStruct
     hidden: jax.ShapeDtypeStruct  # one row [D] of final hidden states
     fill: float  # of fresh pages
-    placement: jax.sharding.Sharding
+    placement: Placement
 
     def lower(self, name: str) -> jax.stages.Lowered:
         program = self.program(name)
-        if program.placement is None:
-            jitted = jax.jit(program.function, donate_argnames=program.donated)
-        else:
-            jitted = jax.jit(program.function, out_shardings=program.placement)
-        return jitted.lower(*program.arguments)
+        if name == EMPTY:  # no argument says where it lives
+            where = jax.tree.map(lambda x: x.sharding, program.result)
+            return jax.jit(program.function, out_shardings=where).lower()
+        on_ranks = self.placement.on_ranks(program.function, program.arguments, program.result)
+        return jax.jit(on_ranks, donate_argnames=program.donated).lower(*program.arguments)
 
     def options(self, name: str, options: Options) -> Options:
         """What to compile it with, where most programs are compiled with `options`."""
@@ -87,7 +88,7 @@ class ProgramTable:
 
     def program(self, name: str) -> Program:
         if name == EMPTY:
-            return Program(self._empty_state, (), (), (self.kv, self.rows), 0, self.placement)
+            return Program(self._empty_state, (), (), (self.kv, self.rows), 0)
         if name == SCORE:
             return self._score()
         if name == SET_ROW:
@@ -100,34 +101,51 @@ class ProgramTable:
         layout = self._layouts_by_name[name]
         logits = 0 if self.spec.keeps_logits else None
         output = StepOutput(0, _SCORES, logits, 0)  # type: ignore[arg-type]
-        masks = _i32(*layout.mask_shape)
-        arguments = (self.leaves, self.kv, self.rows, _i32(layout.size), masks)
+        packed, masks = self._per_data_rank(layout.size), self._per_data_rank(*layout.mask_shape)
+        arguments = (self.leaves, self.kv, self.rows, packed, masks)
         step = build_step(self.spec, layout)
         result = (self.kv, self.rows, output)
         input_bytes = 4 * (layout.size + math.prod(layout.mask_shape))
         return Program(step, ("kv", "rows"), arguments, result, input_bytes)
 
     def _score(self) -> Program:
-        hidden = jax.ShapeDtypeStruct((SCORE_ROWS, *self.hidden.shape), self.hidden.dtype)
-        arguments = (self.leaves, hidden, _i32(SCORE_ROWS))
+        hidden = self._input(self.hidden.dtype, SCORE_ROWS, *self.hidden.shape)
+        arguments = (self.leaves, hidden, self._i32(SCORE_ROWS))
         return Program(build_score(self.spec), (), arguments, (_SCORES, 0), 4 * SCORE_ROWS)
 
     def _set_row(self) -> Program:
         vocab_size = self.rows.bias.shape[1:]
-        mask = jax.ShapeDtypeStruct(vocab_size, np.bool_)
-        bias = jax.ShapeDtypeStruct(vocab_size, np.float32)
-        arguments = (self.rows, _i32(), _i32(*vocab_size), mask, bias)
+        mask = self._input(np.bool_, *vocab_size)
+        bias = self._input(np.float32, *vocab_size)
+        arguments = (self.rows, self._i32(), self._i32(*vocab_size), mask, bias)
         return Program(set_row, ("rows",), arguments, self.rows, 9 * vocab_size[0])
 
     def _set_pages(self) -> Program:
         tables = self.rows.page_tables
         num_pages = len(tables), tables[0].shape[1]
-        arguments = (self.rows, _i32(), _i32(*num_pages))
+        arguments = (self.rows, self._i32(), self._i32(*num_pages))
         return Program(set_pages, ("rows",), arguments, self.rows, 4 * math.prod(num_pages))
 
     def _empty_state(self) -> tuple[KV, RowState]:
         kv = tuple(jnp.full(x.shape, self.fill, x.dtype) for x in self.kv)
         return kv, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.rows)
+
+    def _i32(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return self._input(np.int32, *shape)
+
+    def _input(self, dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+        """What comes from the host at each call, the same for all ranks. On one device, where it
+        lives is left to JAX.
+        """
+        sharding = None if self.placement.is_one_device else self.placement.replicated
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    def _per_data_rank(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """The same, for each data rank its own."""
+        if self.placement.is_one_device:
+            return self._i32(*shape)
+        shape = (self.placement.split.data * shape[0], *shape[1:])
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.per_data_rank)
 
     @property
     def _layouts_by_name(self) -> dict[str, BatchLayout]:
@@ -289,7 +307,3 @@ class Programs:
 
 
 _SCORES = Logprobs(0, 0, 0, 0)  # type: ignore[arg-type]
-
-
-def _i32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, np.int32)

@@ -9,32 +9,34 @@ import numpy as np
 
 from jengine.config import EngineConfig
 from jengine.core.plan import ScheduledRequest, StepPlan, StepResult
+from jengine.errors import UnsupportedError
 from jengine.models.loader import load_parameters, open_model
 from jengine.runtime import memory
 from jengine.runtime.batch import HostBatch, build_batch
 from jengine.runtime.blueprint import (
     Blueprint,
-    device_placement,
     draw_blueprint,
     open_artifacts,
 )
 from jengine.runtime.buckets import Bucket, pick_bucket
 from jengine.runtime.forward import build_forward
-from jengine.runtime.memory import open_device
+from jengine.runtime.memory import open_devices
 from jengine.runtime.programs import EMPTY, SET_PAGES, SET_ROW
 from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
 from jengine.runtime.row_mirror import RowMirror, is_adjusted
 from jengine.runtime.shapes import num_bytes
 from jengine.runtime.step import KV, StepOutput, build_step
+from jengine.sharding.placement import Placement
 
 
 def load_runner(config: EngineConfig) -> "ModelRunner":
     """A runner whose programs compile as they are needed; an engine prepares them ahead."""
-    device, device_memory = open_device(config.cache)
+    devices, device_memory = open_devices(config.cache, config.parallel.num_ranks)
     model = open_model(config)
-    artifacts = open_artifacts(config, device)
-    blueprint = draw_blueprint(config, model, device, device_memory, artifacts)
-    return ModelRunner(blueprint, load_parameters(model, device_placement(device)))
+    placement = Placement(model.split, devices)
+    artifacts = open_artifacts(config, placement)
+    blueprint = draw_blueprint(config, model, placement, device_memory, artifacts)
+    return ModelRunner(blueprint, load_parameters(model, placement))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class StepHandle:
 
 
 class ModelRunner:
-    """Parameters (flat leaves), KV arrays, per-request rows and executables of one device.
+    """Parameters (flat leaves), KV arrays, per-request rows and executables of one device, or of
+    all ranks of a mesh.
 
     `kv` and `rows` are donated to every step and replaced by its result; nobody else may hold them.
     """
@@ -71,14 +74,22 @@ class ModelRunner:
         self.kv, self.rows = self.programs[EMPTY]()
         self._layouts = blueprint.table.layouts
         some_layout = self._layouts[self.buckets[0]]
-        self._mirror = RowMirror(len(self.groups), some_layout.num_rows, some_layout.pages_per_seq)
+        self.num_data_ranks = blueprint.placement.split.data
+        self._mirrors = [
+            RowMirror(len(self.groups), some_layout.num_rows, some_layout.pages_per_seq)
+            for _ in range(self.num_data_ranks)
+        ]
         # A step without constrained requests brings no masks along.
         self._no_masks = {
-            shape: jax.device_put(np.zeros(shape, np.int32), blueprint.table.placement)
-            for shape in {layout.mask_shape for layout in self._layouts.values()}
+            (seqs, words): jax.device_put(
+                np.zeros((self.num_data_ranks * seqs, words), np.int32),
+                blueprint.placement.per_data_rank,
+            )
+            for seqs, words in {layout.mask_shape for layout in self._layouts.values()}
         }
         self._scorer = PromptScorer(self.programs, self.leaves, self.spec.num_logprobs)
-        self._forward = jax.jit(build_forward(self.spec))
+        forward = build_forward(self.spec)
+        self._forward = jax.jit(blueprint.placement.on_ranks(forward, (self.leaves, 0, 0), 0))
 
     def close(self) -> None:
         """Free the KV cache and the rows; parameters live as long as somebody refers to them."""
@@ -89,17 +100,31 @@ class ModelRunner:
 
     def dispatch(self, plan: StepPlan) -> StepHandle:
         """Start a plan and return at once. Plans run on the device in dispatch order."""
-        for item in plan.scheduled:
-            if item.is_admitted:
-                self._admit(item)
-        bucket = self._pick_bucket(plan)
-        layout = self._layouts[bucket]
-        batch = build_batch(plan, layout, self._mirror)
-        masks = self._no_masks[layout.mask_shape] if batch.masks is None else batch.masks
-        step = self.programs[str(bucket)]
-        self.kv, self.rows, output = step(self.leaves, self.kv, self.rows, batch.packed, masks)
+        bucket = self.pick_bucket((plan,))
+        batch = self.build(plan, bucket)
+        output = self.launch(bucket, (batch,))
         output.sampled.copy_to_host_async()
         return StepHandle(plan, bucket, batch, output)
+
+    def build(self, plan: StepPlan, bucket: Bucket, rank: int = 0) -> HostBatch:
+        """The batch of a data rank, whose new requests get their rows."""
+        for item in plan.scheduled:
+            if item.is_admitted:
+                self._admit(item, rank)
+        return build_batch(plan, self._layouts[bucket], self._mirrors[rank])
+
+    def launch(self, bucket: Bucket, batches: Sequence[HostBatch]) -> StepOutput:
+        """Run the step of a bucket over the batch of each data rank."""
+        layout = self._layouts[bucket]
+        if all(batch.masks is None for batch in batches):
+            masks = self._no_masks[layout.mask_shape]
+        else:
+            none = np.zeros(layout.mask_shape, np.int32)
+            masks = _joined([none if b.masks is None else b.masks for b in batches])
+        packed = _joined([batch.packed for batch in batches])
+        step = self.programs[str(bucket)]
+        self.kv, self.rows, output = step(self.leaves, self.kv, self.rows, packed, masks)
+        return output
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Wait for a plan's last step and read what its requests asked for."""
@@ -114,16 +139,24 @@ class ModelRunner:
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """Live parameters by path."""
+        """Live parameters by path. On several devices the parts of all ranks, one after another
+        (`sharding/cut.py`).
+        """
         return dict(zip(self.param_paths, self.leaves, strict=True))
 
     @property
     def model(self) -> Any:
-        """The live NNX module over the engine's own parameters."""
+        """The live NNX module over the engine's own parameters. Raises `UnsupportedError` on
+        several devices: there it exists in parts only.
+        """
+        if self.blueprint.placement.num_ranks > 1:
+            raise UnsupportedError("model: split over several devices, there is no whole module")
         return self.spec.model(self.leaves)
 
     def step_fn(self, bucket: Bucket | None = None) -> Callable[..., Any]:
-        """The pure, untransformed step function of a bucket (the smallest by default)."""
+        """The pure, untransformed step function of a bucket (the smallest by default); on several
+        devices that of one rank, as `jax.shard_map` runs it.
+        """
         return build_step(self.spec, self._layouts[bucket or self.buckets[0]])
 
     def hidden_states(self, token_ids: Sequence[int]) -> jax.Array:
@@ -136,12 +169,16 @@ class ModelRunner:
         padded[:num_tokens] = token_ids
         return self._forward(self.leaves, padded, np.int32(num_tokens))[:num_tokens]
 
-    def _pick_bucket(self, plan: StepPlan) -> Bucket:
-        """The cheapest of those that are ready."""
+    def pick_bucket(self, plans: Sequence[StepPlan]) -> Bucket:
+        """The cheapest of those that are ready and hold every data rank's plan."""
         buckets = self.programs.usable_buckets
-        if plan.num_steps > 1:
+        sizes = [(plan.tokens_per_step, len(plan.scheduled)) for plan in plans]
+        if plans[0].num_steps > 1:
             buckets = tuple(bucket for bucket in buckets if bucket.is_decode)
-        return pick_bucket(buckets, plan.tokens_per_step, len(plan.scheduled))
+        elif any(num_tokens != num_seqs for num_tokens, num_seqs in sizes):
+            buckets = tuple(bucket for bucket in buckets if not bucket.is_decode)
+        num_tokens, num_seqs = map(max, zip(*sizes, strict=True))
+        return pick_bucket(buckets, num_tokens, num_seqs)
 
     def memory_plan(self) -> memory.MemoryPlan:
         """The plan over every executable prepared so far."""
@@ -156,14 +193,16 @@ class ModelRunner:
             reserve=self.blueprint.reserve,
         )
 
-    def _admit(self, item: ScheduledRequest) -> None:
-        tables = self._mirror.admit(item)
+    def _admit(self, item: ScheduledRequest, rank: int) -> None:
+        mirror = self._mirrors[rank]
+        row = np.int32(rank * mirror.num_rows + item.row)  # counted through all data ranks
+        tables = mirror.admit(item)
         if tables is not None:
-            self.rows = self.programs[SET_PAGES](self.rows, np.int32(item.row), tables)
+            self.rows = self.programs[SET_PAGES](self.rows, row, tables)
         if is_adjusted(item.request.sampling):
-            self._set_row(item)
+            self._set_row(item, row)
 
-    def _set_row(self, item: ScheduledRequest) -> None:
+    def _set_row(self, item: ScheduledRequest, row: np.int32) -> None:
         """Set the tables of a request that uses penalties or bias. Its tokens are all known when it
         is admitted.
         """
@@ -178,4 +217,9 @@ class ModelRunner:
             bias[p.allowed_token_ids] = 0.0
         for token_id, value in (p.logit_bias or {}).items():
             bias[token_id] += value
-        self.rows = self.programs[SET_ROW](self.rows, np.int32(item.row), counts, prompt_mask, bias)
+        self.rows = self.programs[SET_ROW](self.rows, row, counts, prompt_mask, bias)
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Of data ranks, one after another."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

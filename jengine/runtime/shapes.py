@@ -1,44 +1,51 @@
-"""Abstract arrays of a runner, and what they weigh."""
+"""Abstract arrays of a runner, and what they weigh on a device."""
 
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
 
 from jengine.kv_spec import KVGroup
 from jengine.layers.param import ParamInfo
 from jengine.layers.sampling import RowState
+from jengine.sharding.cut import Cut
+from jengine.sharding.placement import Placement
 
 
-def abstract_leaf(info: ParamInfo, placement: Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(info.shape, jnp.dtype(info.dtype), sharding=placement)
+def abstract_leaf(info: ParamInfo, cut: Cut | None, placement: Placement) -> jax.ShapeDtypeStruct:
+    dtype = jnp.dtype(info.dtype)
+    if cut is None:
+        return jax.ShapeDtypeStruct(info.shape, dtype, sharding=placement.replicated)
+    return jax.ShapeDtypeStruct(cut.shape, dtype, sharding=placement.of(cut))
 
 
 def abstract_kv(
     groups: tuple[KVGroup, ...],
     group_of_layer: tuple[int, ...],
     num_pages: tuple[int, ...],
-    placement: Sharding,
+    placement: Placement,
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """One array for each layer."""
+    """One array for each layer; every rank has so many pages."""
     return tuple(
         jax.ShapeDtypeStruct(
-            (num_pages[g], *groups[g].page_shape),
+            (placement.num_ranks * num_pages[g], *groups[g].page_shape),
             jnp.dtype(groups[g].spec.dtype),
-            sharding=placement,
+            sharding=placement.per_rank,
         )
         for g in group_of_layer
     )
 
 
 def abstract_rows(
-    num_rows: int, vocab_size: int, num_groups: int, pages_per_seq: int, placement: Sharding
+    num_rows: int, vocab_size: int, num_groups: int, pages_per_seq: int, placement: Placement
 ) -> RowState:
-    def array(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=placement)
+    sharding = placement.per_data_rank
 
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    num_rows *= placement.split.data
     return RowState(
         last_token=array(jnp.int32, num_rows),
         output_counts=array(jnp.int32, num_rows, vocab_size),
@@ -49,5 +56,6 @@ def abstract_rows(
 
 
 def num_bytes(tree: Any) -> int:
-    """Of arrays, concrete or abstract."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Of arrays that have a sharding, concrete or abstract."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -20,6 +20,7 @@ from jengine.layers.sampling import (
     sample,
 )
 from jengine.runtime.batch import PENDING, BatchLayout, DeviceBatch, unpack_batch
+from jengine.sharding import collectives
 
 KV = tuple[jax.Array, ...]
 Leaves = tuple[jax.Array, ...]  # parameters
@@ -199,6 +200,7 @@ def set_row(
     rows: RowState, row: jax.Array, counts_V: jax.Array, prompt_V: jax.Array, bias_V: jax.Array
 ) -> RowState:
     """Set the per-request tables of one row on admission. Donates `rows`."""
+    row = _own_row(rows, row)
     return dataclasses.replace(
         rows,
         output_counts=rows.output_counts.at[row].set(counts_V),
@@ -209,8 +211,19 @@ def set_row(
 
 def set_pages(rows: RowState, row: jax.Array, pages_GM: jax.Array) -> RowState:
     """Set the page tables of one row on admission. Donates `rows`."""
+    row = _own_row(rows, row)
     tables = tuple(table.at[row].set(pages_GM[g]) for g, table in enumerate(rows.page_tables))
     return dataclasses.replace(rows, page_tables=tables)
+
+
+def _own_row(rows: RowState, row: jax.Array) -> jax.Array:
+    """Of a row counted through all data ranks: this rank's own, or one past its last, which is
+    nobody's and not written."""
+    if not collectives.are_split_together("tokens", "tokens"):
+        return row
+    num_rows = rows.last_token.shape[0]
+    own = row - collectives.rank_in("tokens") * num_rows
+    return jnp.where((own >= 0) & (own < num_rows), own, num_rows)
 
 
 def _grown_tables(rows: RowState, batch: DeviceBatch) -> tuple[jax.Array, ...]:

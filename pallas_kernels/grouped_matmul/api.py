@@ -20,6 +20,7 @@ def expert_parts(
     gate_up_bias_EF: jax.Array | None = None,
     down_bias_ED: jax.Array | None = None,
     activation: ClampedSwiGLU | None = None,
+    num_experts: int | None = None,
 ) -> jax.Array:
     """Return summands [P, T, D] (see `linear_parts`) of, for each token, the sum over its k
     experts, in the order given, of weight times `silu_mul(x @ gate_up[e].T) @ down[e].T`, with
@@ -31,6 +32,9 @@ def expert_parts(
     touch no expert, and are unspecified; where there are several summands they may be NaN. The bits
     of a row depend on that row, its experts and their weights only. The time grows with the experts
     touched.
+
+    If `num_experts` is given, these are a rank's experts of so many: id E stands for any other, as
+    often as it likes. Such an expert adds nothing and takes no time.
     """
     return _expert_parts(
         x_TD,
@@ -42,4 +46,5 @@ def expert_parts(
         gate_up_bias_EF=gate_up_bias_EF,
         down_bias_ED=down_bias_ED,
         activation=activation,
+        num_experts=num_experts,
     )

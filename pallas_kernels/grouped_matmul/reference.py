@@ -21,9 +21,10 @@ def expert_parts(
     gate_up_bias_EF: jax.Array | None = None,
     down_bias_ED: jax.Array | None = None,
     activation: ClampedSwiGLU | None = None,
+    num_experts: int | None = None,
 ) -> jax.Array:
     (T, k), E = expert_ids_Tk.shape, gate_up_EFD.shape[0]
-    B = tile_rows(T, k, E)
+    B = tile_rows(T, k, num_experts or E)
     tiles = build_tiles(expert_ids_Tk, E, B, num_tokens)
     token = jnp.pad(tiles.token_M, (0, B))  # the last tile may read past the end
 
@@ -57,9 +58,16 @@ def expert_parts(
     _, y_MD = lax.while_loop(
         lambda carry: carry[0] < tiles.num_tiles, run_tile, (jnp.zeros((), jnp.int32), y_MD)
     )
-    out_TD = weights_Tk[:, :1] * y_MD[tiles.rank_Tk[:, 0]]
+
+    def of_expert(j: int) -> jax.Array:
+        y_TD = weights_Tk[:, j : j + 1] * y_MD[tiles.rank_Tk[:, j]]
+        if num_experts is None:
+            return y_TD
+        return jnp.where((expert_ids_Tk[:, j] < E)[:, None], y_TD, 0.0)
+
+    out_TD = of_expert(0)
     for j in range(1, k):  # spelled out: a reduction's order is XLA's to choose
-        out_TD = out_TD + weights_Tk[:, j : j + 1] * y_MD[tiles.rank_Tk[:, j]]
+        out_TD = out_TD + of_expert(j)
     is_real_T = jnp.arange(T, dtype=jnp.int32) < num_tokens
     return jnp.where(is_real_T[:, None], out_TD, 0.0).astype(x_TD.dtype)[None]
 

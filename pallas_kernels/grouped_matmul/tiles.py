@@ -26,7 +26,7 @@ class ExpertTiles:
     stop_G: jax.Array  # i32
     num_tiles: jax.Array  # i32[]
     token_M: jax.Array  # i32: token of each pair; 0 past the last
-    rank_Tk: jax.Array  # i32: where a token's pairs stand in that order; 0 for padding tokens
+    rank_Tk: jax.Array  # i32: where a token's pairs stand in that order; 0 of padding tokens
 
 
 def tile_rows(num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -39,7 +39,7 @@ def build_tiles(
     expert_ids_Tk: jax.Array, num_experts: int, rows: int, num_tokens: jax.Array
 ) -> ExpertTiles:
     """`rows`: the most that a tile may hold. The experts of one token must be distinct; tokens at
-    or past `num_tokens` are in no tile.
+    or past `num_tokens`, and pairs with expert `num_experts`, are in no tile.
     """
     (T, k), E = expert_ids_Tk.shape, num_experts
     experts = jnp.arange(E, dtype=jnp.int32)
@@ -50,6 +50,7 @@ def build_tiles(
     end_E = jnp.cumsum(count_E)
 
     earlier_TE = (end_E - count_E)[None, :] + upto_TE - 1  # pairs before a token's, if it chose e
+    # The least of all integers where the expert is none: it is no place, and dropped below.
     rank_Tk = jnp.take_along_axis(earlier_TE, expert_ids_Tk, axis=1)
     tokens_Tk = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], (T, k))
     place_Tk = jnp.where(is_real_T1, rank_Tk, T * k)  # out of bounds: dropped

@@ -72,6 +72,7 @@ def expert_parts(
     gate_up_bias_EF: jax.Array | None = None,
     down_bias_ED: jax.Array | None = None,
     activation: ClampedSwiGLU | None = None,
+    num_experts: int | None = None,
 ) -> jax.Array:
     (T, D), k, (E, _, F) = x_TD.shape, expert_ids_Tk.shape[1], down_EDF.shape
     dtype = x_TD.dtype
@@ -85,7 +86,7 @@ def expert_parts(
         gate_up_of_experts,
     )
 
-    rows = tile_rows(T, k, E)
+    rows = tile_rows(T, k, num_experts or E)
     order_M, tiles_G3, num_tiles = _plan(expert_ids_Tk, num_tokens, E, rows)
     G = tiles_G3.shape[0]
     precision = "ieee"  # float32 means float32: not TF32, which is Triton's default
@@ -112,7 +113,7 @@ def expert_parts(
         schedule=tile.schedule,
     )  # fmt: skip
     tile = down_tiling(rows, T * k, F, dtype.itemsize)
-    return triton_call(
+    (parts_kTD,) = triton_call(
         down_of_experts,
         (
             h_MF,
@@ -131,7 +132,11 @@ def expert_parts(
             "HAS_BIAS": down_bias_ED is not None, "PRECISION": precision,
         },
         schedule=tile.schedule,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    if num_experts is None:
+        return parts_kTD
+    is_ours_kT = (expert_ids_Tk < E).T  # nobody has written the others
+    return jnp.where(is_ours_kT[:, :, None], parts_kTD, 0)
 
 
 def _plan(

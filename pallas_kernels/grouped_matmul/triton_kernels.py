@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def plan_experts(
-    ids_ptr,  # i32[M]: the expert of each pair
+    ids_ptr,  # i32[M]: the expert of each pair; E: none
     num_tokens_ptr,  # i32[1]
     # outputs
     order_ptr,  # i32[M]: pairs in the order of experts, within an expert as they came

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from jax.sharding import SingleDeviceSharding
 
 from jengine.layers.param import Initializer, ParamInfo
 from jengine.loading import dummy
 from jengine.loading.dummy import compile_here, dummy_parameters, dummy_programs
+from jengine.sharding.placement import Placement
+from jengine.sharding.split import Split
 
 
 def info(*shape: int, dtype: str = "float32", init: Initializer = "normal") -> ParamInfo:
@@ -25,8 +26,8 @@ ABSTRACT = {
 }
 
 
-def placement() -> SingleDeviceSharding:
-    return SingleDeviceSharding(jax.devices()[0])
+def placement() -> Placement:
+    return Placement(Split(), (jax.devices()[0],))
 
 
 def draw(abstract=ABSTRACT, seed: int = 0) -> dict[str, np.ndarray]:
@@ -107,7 +108,7 @@ def test_a_weight_has_no_float32_copy_of_itself() -> None:
         sizes.append((memory.temp_size_in_bytes, memory.output_size_in_bytes))
         return jitted
 
-    dummy_programs([info(28672, 4096, dtype="bfloat16")], placement(), compile_)
+    dummy_programs({"w": info(28672, 4096, dtype="bfloat16")}, placement(), compile_)
     ((temporaries, outputs),) = sizes
     assert outputs == 28672 * 4096 * 2
     assert temporaries < outputs / 2

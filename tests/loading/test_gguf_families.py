@@ -60,7 +60,7 @@ def load(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
     assert checkpoint.tensors is not None
     table = model_class.weight_table(cfg, checkpoint.dialect)
     abstract = abstract_parameters(model_class(cfg))
-    return cfg, load_parameters(checkpoint.tensors, table, abstract, lambda path, value: value)
+    return cfg, load_parameters(checkpoint.tensors, table, abstract, lambda path, read: read())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 
 from jengine.config import ModelArgs
 from jengine.errors import LoadError
@@ -17,6 +16,8 @@ from jengine.loading.checkpoint import Checkpoint, open_checkpoint
 from jengine.loading.dummy import dummy_parameters
 from jengine.loading.rules import WeightTable, load_parameters
 from jengine.models.llama import LlamaForCausalLM
+from jengine.sharding.placement import Placement
+from jengine.sharding.split import Split
 from tests.oracles.gguf_files import QuantType, write_llama_gguf
 from tests.oracles.tiny_llama import make_tiny_llama
 
@@ -31,7 +32,7 @@ def load(path: Path, dtype: str = "float32") -> dict[str, np.ndarray]:
     checkpoint = open_checkpoint(ModelArgs(str(path)))
     table, abstract = declare(checkpoint, dtype)
     assert checkpoint.tensors is not None
-    return load_parameters(checkpoint.tensors, table, abstract, lambda path, value: value)
+    return load_parameters(checkpoint.tensors, table, abstract, lambda path, read: read())
 
 
 def declare(checkpoint: Checkpoint, dtype: str) -> tuple[WeightTable, Mapping[str, ParamInfo]]:
@@ -89,14 +90,14 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> Non
     table, abstract = declare(checkpoint, "float32")
     assert checkpoint.tensors is not None
     with pytest.raises(LoadError, match=r"tensor 'model\.layers\.0\.self_attn\.\w_proj\.bias'"):
-        load_parameters(checkpoint.tensors, table, abstract, lambda path, value: value)
+        load_parameters(checkpoint.tensors, table, abstract, lambda path, read: read())
 
 
 def test_dummy_fills_every_parameter(tmp_path: Path) -> None:
     make_tiny_llama(tmp_path, attention_bias=True)
     checkpoint = open_checkpoint(ModelArgs(str(tmp_path), load_format="dummy"))
     _, abstract = declare(checkpoint, "bfloat16")
-    placement = SingleDeviceSharding(jax.devices()[0])
+    placement = Placement(Split(), (jax.devices()[0],))
     drawn = jax.tree.map(np.asarray, dummy_parameters(abstract, 0, placement))
     assert {path: value.shape for path, value in drawn.items()} == {
         path: info.shape for path, info in abstract.items()

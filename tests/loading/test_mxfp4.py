@@ -38,8 +38,11 @@ class DictSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        return self.tensors[name][rows or slice(None)]
+    def read(
+        self, name: str, rows: slice | None = None, columns: slice | None = None
+    ) -> np.ndarray:
+        value = self.tensors[name][rows or slice(None)]
+        return value if columns is None else value[:, columns]
 
 
 def test_packed_pairs_look_like_one_tensor() -> None:
@@ -53,6 +56,7 @@ def test_packed_pairs_look_like_one_tensor() -> None:
     whole = source.read("a")
     np.testing.assert_array_equal(whole, dequantise(blocks, scales).swapaxes(1, 2))
     np.testing.assert_array_equal(source.read("a", slice(1, 3)), whole[1:3])
+    np.testing.assert_array_equal(source.read("a", slice(1, 3), slice(5, 40)), whole[1:3, 5:40])
     np.testing.assert_array_equal(source.read("b"), np.ones(3))
 
 

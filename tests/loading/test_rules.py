@@ -14,7 +14,7 @@ from jengine.errors import LoadError
 from jengine.layers.param import Initializer, ParamInfo
 from jengine.loading import rules
 from jengine.loading.arrays import ALIGNMENT, aligned_empty, cast_into
-from jengine.loading.rules import WeightRule, WeightTable, load_parameters
+from jengine.loading.rules import Reader, WeightRule, WeightTable, load_parameters
 
 Put = Callable[[str, np.ndarray], np.ndarray]
 
@@ -32,14 +32,17 @@ class DictSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def read(
+        self, name: str, rows: slice | None = None, columns: slice | None = None
+    ) -> np.ndarray:
         value = self.tensors[name][rows or slice(None)]
-        self.reads.append((name, len(value)))
+        value = value if columns is None else value[:, columns]
+        self.reads.append((name, value.size if columns is not None else len(value)))
         return value
 
 
-def keep(path: str, value: np.ndarray) -> np.ndarray:
-    return value
+def keep(path: str, read: Reader) -> np.ndarray:
+    return read()
 
 
 def info(*shape: int, dtype: str = "float32", init: Initializer = "normal") -> ParamInfo:
@@ -294,3 +297,54 @@ def test_xla_takes_aligned_arrays_over_without_a_copy(dtype: type) -> None:
     assert value.ctypes.data % ALIGNMENT == 0
     device = jax.local_devices(backend="cpu")[0]
     assert jax.device_put(value, device).unsafe_buffer_pointer() == value.ctypes.data
+
+
+def test_pieces_are_cut_from_the_sources() -> None:
+    """Of a fused projection with a transformed part, of stacked experts, of columns: what a rank
+    asks for is what the whole array holds there, and nothing else is read.
+    """
+    tensors = {
+        "q": RNG.standard_normal((8, 6)).astype(np.float32),
+        "k": RNG.standard_normal((4, 6)).astype(np.float32),
+        **{f"0.e.{e}.gate": RNG.standard_normal((4, 6)).astype(np.float32) for e in range(4)},
+        **{f"0.e.{e}.up": RNG.standard_normal((4, 6)).astype(np.float32) for e in range(4)},
+        "down": RNG.standard_normal((6, 8)).astype(np.float32),
+        "gate_up": RNG.standard_normal((3, 6, 8)).astype(np.float32),
+    }
+    table = WeightTable(
+        (
+            WeightRule("q", "qk", (8, 6)),
+            WeightRule("k", "qk", (4, 6), offset=8, transform=lambda rows: rows[::-1]),
+            WeightRule("{i}.e.{e}.gate", "{i}.experts", (4, 6)),
+            WeightRule("{i}.e.{e}.up", "{i}.experts", (4, 6), offset=4),
+            WeightRule("down", "down", (6, 8)),
+            WeightRule(
+                "gate_up", "stacked", (3, 6, 8), transform=lambda w: w.swapaxes(1, 2),
+                transformed=(3, 8, 6),
+            ),
+        )
+    )  # fmt: skip
+    abstract = {
+        "qk": info(12, 6), "0.experts": info(4, 8, 6), "down": info(6, 8), "stacked": info(3, 8, 6),
+    }  # fmt: skip
+    source = DictSource(tensors)
+    whole = load_parameters(source, table, abstract, keep)
+    readers = load_parameters(source, table, abstract, lambda path, read: read)
+    source.reads.clear()
+
+    def check(path: str, *pieces: tuple[slice, ...]) -> None:
+        rows = [np.r_[along] for along in pieces]
+        np.testing.assert_array_equal(readers[path](pieces), whole[path][np.ix_(*rows)])
+
+    everything = (slice(0, 6),)
+    check("qk", (slice(2, 4), slice(9, 11)), everything)
+    check("qk", (slice(0, 2), slice(11, 12)), everything)
+    assert source.reads == [("q", 2), ("k", 4), ("q", 2)]  # what is transformed, once
+    source.reads.clear()
+    check("0.experts", (slice(1, 3),), (slice(2, 4), slice(6, 8)), everything)
+    assert source.reads == [(f"0.e.{e}.{part}", 2) for e in (1, 2) for part in ("gate", "up")]
+    source.reads.clear()
+    check("down", everything, (slice(4, 6),))
+    check("down", everything, (slice(0, 2), slice(4, 6)))
+    assert source.reads == [("down", 12), ("down", 6)]  # values; rows, from which two are taken
+    check("stacked", (slice(2, 3),), (slice(0, 2), slice(4, 6)), (slice(3, 6),))

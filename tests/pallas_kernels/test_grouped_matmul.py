@@ -44,7 +44,7 @@ def expert_mlp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     # A function object of its own: jit keeps traces by it, and the patches are not in its key.
     call = jax.jit(
         lambda *args, **options: reference.expert_parts(*args, **options)[0],
-        static_argnames="activation",
+        static_argnames=("activation", "num_experts"),
     )
 
     def run(x, *args, num_tokens=None, **options):
@@ -150,6 +150,27 @@ def test_a_row_that_is_not_finite_stays_alone(expert_mlp: Callable) -> None:
     assert np.isnan(out[4]).all() and np.isfinite(out[8]).all()
 
 
+def test_the_experts_of_ranks_add_up(expert_mlp: Callable) -> None:
+    """Each rank touches its own experts only, and the tiles of no others."""
+    case = Case(24, 3, 12, dtype="float32")
+    x, ids, weights, gate_up, down = arguments(case)
+    ids[:5] = [4, 5, 7]  # nothing for the first and the last rank
+    total = np.zeros(x.shape, np.float32)
+    for first in (0, 4, 8):
+        ours = ids - first
+        ours = np.where((ours >= 0) & (ours < 4), ours, 4)
+        rank = slice(first, first + 4)
+        share = expert_mlp(
+            x, ours, weights, gate_up[rank], down[rank], num_tokens=20, num_experts=12
+        )
+        assert np.abs(share[:5]).max() == 0 or first == 4
+        tiles = build_tiles(jnp.asarray(ours), 4, tile_rows(24, 3, 12), jnp.int32(5))
+        assert int(tiles.num_tiles) == (3 if first == 4 else 0)
+        total += share
+    expected = float64(x, ids, weights, gate_up, down)[:20]
+    np.testing.assert_allclose(total[:20], expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [1, 8, 32])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_tiles_cover_every_pair_once(case: Case, rows: int) -> None:
@@ -194,8 +215,9 @@ def check(backend: ModuleType, case: Case) -> None:
     )
     poisoned = gate_up.copy()
     poisoned[np.setdiff1d(np.arange(case.experts), ids[:num_tokens])] = np.nan
+    call = jax.jit(backend.expert_parts, static_argnames=("activation", "num_experts"))
     for activation, bias in ((None, (None, None)), (CLAMPED, biases)):
-        parts = jax.jit(backend.expert_parts, static_argnames="activation")(
+        parts = call(
             x, ids, weights, poisoned, down, num_tokens=jnp.int32(num_tokens),
             gate_up_bias_EF=bias[0], down_bias_ED=bias[1], activation=activation,
         )  # fmt: skip
@@ -208,3 +230,22 @@ def check(backend: ModuleType, case: Case) -> None:
         tolerance = 4 * EPS[case.dtype] * case.top_k**0.5 + 8 * EPS["float32"] * case.embed
         error = np.abs(out - expected).max()
         assert error <= tolerance * np.abs(expected).max(), (activation, error)
+    if case.experts > 1:
+        check_share(call, case, (x, ids, weights, poisoned, down), num_tokens)
+
+
+def check_share(call: Callable, case: Case, args: tuple, num_tokens: int) -> None:
+    """The first half of the experts, of which other ranks hold the rest."""
+    x, ids, weights, gate_up, down = args
+    half = case.experts // 2
+    ours = np.where(ids < half, ids, half).astype(np.int32)
+    parts = call(
+        x, ours, weights, gate_up[:half], down[:half], num_tokens=jnp.int32(num_tokens),
+        num_experts=case.experts,
+    )  # fmt: skip
+    out = np.asarray(parts).astype(np.float64).sum(0)[:num_tokens]
+    rest = np.where(ids < half, weights, 0)
+    safe = np.nan_to_num(gate_up.astype(np.float32))
+    expected = float64(x, ids, rest, safe, down)[:num_tokens]
+    tolerance = 4 * EPS[case.dtype] * case.top_k**0.5 + 8 * EPS["float32"] * case.embed
+    assert np.abs(out - expected).max() <= tolerance * max(np.abs(expected).max(), 1.0)

@@ -191,8 +191,8 @@ def test_the_pool_is_sized_before_the_back_end_starts() -> None:
     code = (
         "import os, jax\n"
         "from jengine.config import CacheConfig\n"
-        "from jengine.runtime.memory import open_device\n"
-        "open_device(CacheConfig(gpu_memory_utilization=0.6))\n"
+        "from jengine.runtime.memory import open_devices\n"
+        "open_devices(CacheConfig(gpu_memory_utilization=0.6))\n"
         "print(os.environ['XLA_CLIENT_MEM_FRACTION'])\n"
     )
     run = subprocess.run(
@@ -205,7 +205,7 @@ def test_the_pool_is_sized_before_the_back_end_starts() -> None:
     )
     assert run.stdout.strip() == "0.5900", run.stderr
     before = device_memory_share()
-    memory.open_device(CacheConfig(gpu_memory_utilization=0.6))
+    memory.open_devices(CacheConfig(gpu_memory_utilization=0.6))
     assert device_memory_share() == before
 
 

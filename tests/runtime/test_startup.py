@@ -26,6 +26,8 @@ from jengine.runtime import memory
 from jengine.runtime.aot import ExecutableStore
 from jengine.runtime.blueprint import Blueprint, draw_blueprint, open_artifacts
 from jengine.runtime.memory import DeviceMemory
+from jengine.sharding.placement import Placement
+from jengine.sharding.split import Split
 from tests.oracles.core_pump import CorePump
 from tests.oracles.dummy_model import write_dummy_model
 
@@ -264,7 +266,7 @@ def test_the_key_follows_flags_sources_and_model(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def toolchain() -> Path:
-        folder = open_artifacts(machine.config(), jax.devices()[0]).toolchain
+        folder = open_artifacts(machine.config(), one_device()).toolchain
         assert folder is not None
         return folder
 
@@ -299,9 +301,14 @@ def test_the_key_follows_flags_sources_and_model(
 
 
 def blueprint(config: EngineConfig, device_memory: DeviceMemory | None = None) -> Blueprint:
-    device = jax.devices()[0]
-    known = device_memory or memory.device_memory(device, config.cache)
-    return draw_blueprint(config, open_model(config), device, known, open_artifacts(config, device))
+    placement = one_device()
+    known = device_memory or memory.device_memory(placement.device, config.cache)
+    artifacts = open_artifacts(config, placement)
+    return draw_blueprint(config, open_model(config), placement, known, artifacts)
+
+
+def one_device() -> Placement:
+    return Placement(Split(), (jax.devices()[0],))
 
 
 def test_planned_pages_fill_the_pool(machine: Machine) -> None:

@@ -75,7 +75,13 @@ def test_vllm_spellings(tmp_path: Path) -> None:
     [
         (["serve"], "name one model"),
         (["serve", "a", "--model", "b"], "name one model"),
-        (["serve", "m", "--tensor-parallel-size", "2"], "one device"),
+        (["serve", "m", "-dp", "0"], "data_parallel_size must be >= 1"),
+        (["serve", "m", "-tp", "0"], "tensor_parallel_size must be >= 1"),
+        (["serve", "m", "-tp", "4", "--expert-parallel-size", "2"], "needs enable_expert_parallel"),
+        (
+            ["serve", "m", "-tp", "4", "--enable-expert-parallel", "--expert-parallel-size", "3"],
+            "must divide",
+        ),
         (["serve", "m", "--hf-overrides", "{"], "not JSON"),
         (["serve", "m", "--max-num-seqs", "many"], "--max-num-seqs"),
         (["serve", "m", "--max-decode-steps", "0"], "max_decode_steps must be >= 1"),
