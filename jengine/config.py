@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from jengine.cluster import ClusterFlags
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
@@ -187,6 +189,8 @@ class EngineConfig:
     scheduler: SchedulerConfig = SchedulerConfig()
     compile: CompileConfig = CompileConfig()
     parallel: ParallelConfig = ParallelConfig()
+    # Several processes run this engine together, and this is one of them; None: it is alone.
+    gang: ClusterFlags | None = None
     max_logprobs: int = 20
     disable_log_stats: bool = False
 
@@ -251,7 +255,9 @@ class EngineConfig:
                 k: kwargs.pop(k) for k in part.__dataclass_fields__ if k != "model" and k in kwargs
             }
             built[name] = part(model=model, **mine) if part is ModelArgs else part(**mine)
-        own = {k: kwargs.pop(k) for k in ("max_logprobs", "disable_log_stats") if k in kwargs}
+        own = {
+            k: kwargs.pop(k) for k in ("gang", "max_logprobs", "disable_log_stats") if k in kwargs
+        }
         if kwargs:
             raise TypeError(f"unknown engine arguments: {', '.join(sorted(kwargs))}")
         scheduler: SchedulerConfig = built["scheduler"]

@@ -9,10 +9,8 @@ import queue
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-import jax
 import msgspec
 
 from jengine.config import EngineConfig
@@ -22,7 +20,7 @@ from jengine.core.kv_manager import KVManager
 from jengine.core.plan import RequestUpdate, TokenLogprobs
 from jengine.errors import InvalidRequestError, JengineError, QueueFullError, UnsupportedError
 from jengine.grammar.matcher import MatcherPool
-from jengine.models.loader import ModelDefinition, load_parameters, open_model
+from jengine.models.loader import ModelDefinition
 from jengine.protocol import (
     PROTOCOL_VERSION,
     AbortRequests,
@@ -42,17 +40,11 @@ from jengine.protocol import (
     UtilityResult,
 )
 from jengine.request import FinishReason, Request
-from jengine.runtime.blueprint import (
-    draw_blueprint,
-    dummy_compiler,
-    keep_jax_cache,
-    open_artifacts,
-)
 from jengine.runtime.data_ranks import AnySteps, RanksHandle, steps_of
-from jengine.runtime.memory import open_devices
+from jengine.runtime.gang import Leader, join_world
 from jengine.runtime.phases import Phases
 from jengine.runtime.runner import ModelRunner, StepHandle
-from jengine.sharding.placement import Placement
+from jengine.runtime.start import start_runner
 
 if TYPE_CHECKING:
     from jengine.grammar.vocabulary import Vocabulary
@@ -65,8 +57,8 @@ class Wake:
 
 
 class EngineCore:
-    """One model on one device, or on a mesh, driven by messages. `run` blocks its thread until
-    `Shutdown`.
+    """One model on one device or on a mesh, driven by messages; of several processes, the leader.
+    `run` blocks its thread until `Shutdown`.
 
     Two steps are in flight at most: step n+1 is planned and dispatched while n runs, then n is
     collected.
@@ -82,6 +74,7 @@ class EngineCore:
         self._padded_tokens = 0  # of the last step's bucket
         self._close: Callable[[], None] = lambda: None  # of what there is so far
         self._model: ModelDefinition | None = None  # for its tokenizer
+        self._leader: Leader | None = None  # of an engine over several processes
         self._matchers = MatcherPool(self._load_vocabulary, lambda: self._inbox.put(Wake()))
         self._compiling = CompilingRequests()
         self._is_stalled = False  # nothing can be done before a message comes
@@ -105,10 +98,15 @@ class EngineCore:
         ) as error:  # the last line of defence: tell the front end instead of vanishing
             log.error("engine core stopped: %s", traceback.format_exc())
             known = isinstance(error, (JengineError, ValueError, OSError))
-            self._emit(CoreDead(str(error) if known else f"{type(error).__name__}: {error}"))
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            self._emit(CoreDead(reason))
+            if self._leader is not None:
+                self._leader.fail(reason)
         finally:
             self._matchers.close()
             self._close()
+        if self._leader is not None:
+            self._leader.close()
 
     @property
     def has_work(self) -> bool:
@@ -134,39 +132,12 @@ class EngineCore:
         )
 
     def start(self) -> None:
-        """Load the model, prepare executables, report `CoreReady`.
-
-        Parameters arrive while executables are made ready; the KV cache comes last, since tuning
-        needs memory.
-        """
+        """Load the model, prepare executables, report `CoreReady`."""
         config, phases = self._config, Phases()
-        with phases.measure("device"):
-            devices, device_memory = open_devices(config.cache, config.parallel.num_ranks)
-        with phases.measure("model"):
-            self._model = model = open_model(config)
-            placement = Placement(model.split, devices)
-            artifacts = open_artifacts(config, placement)
-            keep_jax_cache(artifacts)
-        draws = dummy_compiler(artifacts, model.split)
-        with ThreadPoolExecutor(1, thread_name_prefix="weights") as thread:
-            weights = thread.submit(load_parameters, model, placement, draws)
-            with phases.measure("plan"):
-                blueprint = draw_blueprint(config, model, placement, device_memory, artifacts)
-                self._close = blueprint.programs.close
-            with phases.measure("load"):
-                blueprint.load()
-            if device_memory.is_planned:  # tuning beside them would leave holes between them
-                with phases.measure("weights"):
-                    jax.block_until_ready(weights.result())
-            with phases.measure("compile"):
-                blueprint.compile()
-            with phases.measure("weights"):  # what is left of them
-                parameters = jax.block_until_ready(weights.result())
-        with phases.measure("kv cache"):
-            runner = ModelRunner(blueprint, parameters)
-            self._close = runner.close
-            jax.block_until_ready(runner.kv)
-            runner.programs.compile_rest()
+        cluster = None if config.gang is None else join_world(config.gang)
+        started = start_runner(config, phases, self._own, cluster)
+        self._leader, self._model = started.leader, started.model
+        runner, model = started.runner, started.model
         self.attach(runner, f"{model.checkpoint.name}/{model.cfg.dtype}/{runner.groups}")
         self._emit(
             CoreReady(
@@ -180,10 +151,13 @@ class EngineCore:
                 compile_seconds=self.runner.programs.warm_up_seconds,
                 startup_seconds=phases.total,
                 phases=phases.seconds,
-                num_compiled=self.runner.programs.num_compiled + draws.num_compiled,
+                num_compiled=self.runner.programs.num_compiled + started.num_drawn,
                 num_compiling=self.runner.programs.num_pending,
             )
         )
+
+    def _own(self, close: Callable[[], None]) -> None:
+        self._close = close
 
     def attach(self, runner: ModelRunner, fingerprint: str = "") -> None:
         """Take a runner, and build the scheduler over its pages. `fingerprint` tells cached pages

@@ -5,6 +5,7 @@ quick.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import sys
@@ -21,6 +22,7 @@ from jengine.server.cli_options import EngineFlags, ServerFlags, takes
 from jengine.server.replica_flags import ReplicaFlags
 
 if TYPE_CHECKING:
+    from jengine.cluster import ClusterFlags
     from jengine.config import EngineConfig
     from jengine.server.settings import ServerSettings
 
@@ -70,9 +72,26 @@ def serve(
         raise typer.Exit(supervise(engine, server, replicas, context))
     config, settings = engine.build(), server.build()
     _start_logs(server)
+    if replicas.gang is not None:
+        config = dataclasses.replace(config, gang=replicas.gang)
+        if run_follower(config, replicas.gang):
+            return
     in_process = server.disable_frontend_multiprocessing
     code = run_server(config, settings, in_process=in_process, follow_stdin=replicas.follow_stdin)
     raise typer.Exit(code)
+
+
+def run_follower(config: EngineConfig, gang: ClusterFlags) -> bool:
+    """Whether this host follows another, which has the server; then until that one ends."""
+    from jengine.cluster import VARIABLES, discover
+    from jengine.config import environment
+
+    if discover(gang, environment(VARIABLES)).is_leader:
+        return False
+    from jengine import follower
+
+    follower.run(config)
+    return True
 
 
 def supervise(

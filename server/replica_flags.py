@@ -93,7 +93,12 @@ class ReplicaFlags:
         ),
     ] = "stop"
     nnodes: Annotated[
-        int | None, _flag("--nnodes", panel=_CLUSTER, text="Hosts; else found out.")
+        int | None,
+        _flag(
+            "--nnodes",
+            panel=_CLUSTER,
+            text="Hosts, of one engine or of replicas.",
+        ),
     ] = None
     node_rank: Annotated[
         int | None, _flag("--node-rank", panel=_CLUSTER, text="Of this host; else found out.")
@@ -122,6 +127,12 @@ class ReplicaFlags:
             coordinator_port=self.master_port,
         )
 
+    @property
+    def gang(self) -> ClusterFlags | None:
+        """Without the supervisor, several hosts run one engine."""
+        alone = self.data_parallel_multi_port_external_lb or self.nnodes in (None, 1)
+        return None if alone else self.cluster_flags()
+
     def supervisor_settings(self) -> SupervisorSettings:
         try:
             return SupervisorSettings(
@@ -138,17 +149,15 @@ class ReplicaFlags:
         """Without the supervisor its flags would be silently ignored."""
         if self.data_parallel_multi_port_external_lb:
             return
-        of_replicas = ("data_parallel_size_local", "data_parallel_start_rank")
-        of_hosts = ("nnodes", "node_rank", "master_addr", "master_port")
-        for name in (*of_replicas, *of_hosts):
+        needs = {
+            "data_parallel_size_local": "--data-parallel-multi-port-external-lb",
+            "data_parallel_start_rank": "--data-parallel-multi-port-external-lb",
+        }
+        if self.nnodes is None:
+            needs |= dict.fromkeys(("node_rank", "master_addr", "master_port"), "--nnodes")
+        for name, needed in needs.items():
             if getattr(self, name) is not None:
-                flag = "--" + name.replace("_", "-")
-                raise typer.BadParameter(
-                    f"{flag} needs --data-parallel-multi-port-external-lb: "
-                    "one engine over several hosts is not in this version"
-                    if name in of_hosts
-                    else f"{flag} needs --data-parallel-multi-port-external-lb"
-                )
+                raise typer.BadParameter(f"--{name.replace('_', '-')} needs {needed}")
 
 
 def replicas_of(

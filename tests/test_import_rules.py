@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
             "jengine.pallas_kernels",
             "jengine.sharding",
             "jengine.core.plan",
+            "jengine.distributed",
             COMPAT,
         }
     ),
@@ -68,6 +69,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
             COMPAT,
         }
     ),
+    "jengine.follower": frozenset({"jengine.runtime", "jengine.distributed"}),
     "jengine.prebuild": frozenset(
         {
             "jengine.runtime",
@@ -112,6 +114,7 @@ MAY_IMPORT["jengine.server"] = frozenset(
         "jengine.async_engine",
         "jengine.client",
         "jengine.determinism",
+        "jengine.follower",
         "jengine.input_processor",
         "jengine.loading.pull",
         "jengine.prebuild",

@@ -1,7 +1,7 @@
 """The leader's and a follower's end of the step plane, and how a gang forms.
 
-    leader    with form_gang(...) as channel: channel.send(inputs) for each step
-    follower  with join_gang(...) as channel: while (inputs := channel.receive()) is not None: ...
+    leader    with form_gang(...) as channel: channel.send(call) for each step
+    follower  with join_gang(...) as channel: while (call := channel.receive()) is not None: ...
 
 ROUTER and DEALER sockets with a bound on what may queue up: PUB would drop steps in silence. Steps
 are sent by the calling thread itself, since handing them to another would cost a switch of threads,
@@ -32,8 +32,8 @@ from jengine.distributed.protocol import (
     GangError,
     GangTiming,
     Hello,
+    ProgramCall,
     Refusal,
-    StepInputs,
     Welcome,
 )
 from jengine.distributed.watchdog import Die, end_process
@@ -124,9 +124,9 @@ class LeaderChannel(StepChannel):
         self._epoch = epoch
         self._num_sent = 0
 
-    def send(self, inputs: StepInputs) -> None:
+    def send(self, call: ProgramCall) -> None:
         """To every follower, in order. Blocks while one has `MAX_QUEUED` steps to do."""
-        self._send(inputs)
+        self._send(call)
 
     def close(self) -> None:
         """Followers do what they have, and end; this waits for them."""
@@ -134,9 +134,9 @@ class LeaderChannel(StepChannel):
         self._control.wait_alone()
         super().close()
 
-    def _send(self, inputs: StepInputs | None) -> None:
+    def _send(self, call: ProgramCall | None) -> None:
         self._num_sent += 1
-        frames = encode_step(self._epoch, self._num_sent, inputs, self._settings.keys)
+        frames = encode_step(self._epoch, self._num_sent, call, self._settings.keys)
         for rank in range(1, self._settings.num_processes):
             try:
                 self._steps.send_multipart([_step_identity(rank), *frames])
@@ -158,7 +158,7 @@ class FollowerChannel(StepChannel):
         super().__init__(context, steps, control)
         self._gate = gate
 
-    def receive(self) -> StepInputs | None:
+    def receive(self) -> ProgramCall | None:
         """The next step; None once the leader has ended in good order. Blocks without bound: the
         leader's silence ends the process from the control plane's thread.
         """

@@ -7,15 +7,17 @@ them, and what is still wrong (order, epoch, key) is wrong about the gang.
 import hashlib
 from collections.abc import Mapping, Sequence
 
+import ml_dtypes  # noqa: F401 (NumPy learns its dtypes)
 import msgspec
 import numpy as np
 
-from jengine.distributed.protocol import GangError, ProgramCall, StepInputs
+from jengine.distributed.protocol import GangError, ProgramCall
 from jengine.errors import ExitCode
 
 DIGEST_BYTES = 16
 NUM_LEADING = 2  # frames before the arrays: header, digest
-_DTYPES = frozenset({"int32", "uint32", "float32", "bool"})
+# Hidden states are in the model's dtype, which NumPy knows once `ml_dtypes` is there.
+_DTYPES = frozenset({"int32", "uint32", "float32", "bool", "bfloat16", "float16"})
 
 
 class CallHeader(msgspec.Struct, array_like=True):
@@ -25,13 +27,11 @@ class CallHeader(msgspec.Struct, array_like=True):
 
 
 class StepHeader(msgspec.Struct, array_like=True):
-    """`calls` ends with the step itself: packed array, then masks if there are any. No calls: the
-    leader has ended in good order.
-    """
+    """Without a call: the leader has ended in good order."""
 
     epoch: int
     number: int  # 1, 2, 3, ... without a gap
-    calls: list[CallHeader]
+    call: CallHeader | None
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -39,22 +39,22 @@ _decoder = msgspec.msgpack.Decoder(StepHeader)
 
 
 def encode_step(
-    epoch: int, number: int, inputs: StepInputs | None, keys: Mapping[str, str]
+    epoch: int, number: int, call: ProgramCall | None, keys: Mapping[str, str]
 ) -> list[bytes]:
     """Frames of a step, or of the end. `keys` names the executable of each program; KeyError if one
     is missing.
     """
-    calls = [] if inputs is None else [*inputs.admissions, _step_call(inputs)]
-    headers = [
-        CallHeader(call.program, keys[call.program], [_describe(a) for a in call.arrays])
-        for call in calls
-    ]
-    header = _encoder.encode(StepHeader(epoch, number, headers))
-    arrays = [array.tobytes() for call in calls for array in call.arrays]
+    if call is None:
+        header, arrays = _encoder.encode(StepHeader(epoch, number, None)), []
+    else:
+        described = [_describe(array) for array in call.arrays]
+        of_call = CallHeader(call.program, keys[call.program], described)
+        header = _encoder.encode(StepHeader(epoch, number, of_call))
+        arrays = [array.tobytes() for array in call.arrays]
     return [header, _digest(header, arrays), *arrays]
 
 
-def decode_step(frames: Sequence[bytes]) -> tuple[StepHeader, StepInputs | None]:
+def decode_step(frames: Sequence[bytes]) -> tuple[StepHeader, ProgramCall | None]:
     """Raises `GangError` if these are not the frames that the leader made. Arrays are views of the
     frames: no copy, read-only.
     """
@@ -64,24 +64,13 @@ def decode_step(frames: Sequence[bytes]) -> tuple[StepHeader, StepInputs | None]
         header = _decoder.decode(frames[0])
     except msgspec.DecodeError as error:
         raise GangError(f"a step's header is unreadable: {error}", ExitCode.CONFIG) from None
-    rest = iter(frames[NUM_LEADING:])
-    calls = [
-        ProgramCall(
-            call.program,
-            tuple(np.frombuffer(next(rest), dtype).reshape(shape) for dtype, shape in call.arrays),
-        )
-        for call in header.calls
-    ]
-    if not calls:
+    if (call := header.call) is None:
         return header, None
-    *admissions, step = calls
-    packed, *masks = step.arrays
-    return header, StepInputs(step.program, packed, masks[0] if masks else None, tuple(admissions))
-
-
-def _step_call(inputs: StepInputs) -> ProgramCall:
-    masks = () if inputs.masks is None else (inputs.masks,)
-    return ProgramCall(inputs.program, (inputs.packed, *masks))
+    arrays = tuple(
+        np.frombuffer(frame, dtype).reshape(shape)
+        for frame, (dtype, shape) in zip(frames[NUM_LEADING:], call.arrays, strict=True)
+    )
+    return header, ProgramCall(call.program, arrays)
 
 
 def _describe(array: np.ndarray) -> tuple[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from jengine.distributed.protocol import (
     WIRE_VERSION,
     GangError,
     Hello,
-    StepInputs,
+    ProgramCall,
     differences,
 )
 from jengine.errors import ExitCode
@@ -24,7 +24,7 @@ class StepGate:
         self._epoch = epoch
         self._keys = keys
 
-    def take(self, frames: Sequence[bytes]) -> StepInputs | None:
+    def take(self, frames: Sequence[bytes]) -> ProgramCall | None:
         """The next step, None at the leader's orderly end. Raises `GangError` for anything that is
         not the next step.
         """
@@ -47,19 +47,20 @@ class StepGate:
             raise GangError(
                 f"step {header.number} came after {self.num_taken}: repeated or out of order"
             )
-        for call in header.calls:
-            ours = self._keys.get(call.program)
-            if ours is None:
-                raise GangError(
-                    f"step {header.number} runs program {call.program!r}, which is not here",
-                    ExitCode.CONFIG,
-                )
-            if ours != call.key:
-                raise GangError(
-                    f"step {header.number}: program {call.program!r} is {ours} here "
-                    f"and {call.key} at the leader",
-                    ExitCode.CONFIG,
-                )
+        if (call := header.call) is None:
+            return
+        ours = self._keys.get(call.program)
+        if ours is None:
+            raise GangError(
+                f"step {header.number} runs program {call.program!r}, which is not here",
+                ExitCode.CONFIG,
+            )
+        if ours != call.key:
+            raise GangError(
+                f"step {header.number}: program {call.program!r} is {ours} here "
+                f"and {call.key} at the leader",
+                ExitCode.CONFIG,
+            )
 
 
 class Roster:

@@ -31,24 +31,15 @@ class GangError(JengineError):
 
 @dataclass(frozen=True, slots=True)
 class ProgramCall:
-    """A program by name and its host arrays, in the order of its arguments."""
+    """What a follower needs to do what the leader does: a program by name, and those of its
+    arguments that come from the host, in their order. No requests, no plan.
 
-    program: str
-    arrays: tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """Everything a follower needs to do the leader's step: no requests, no plan.
-
-    `admissions` set the rows of requests that are new (their pages, their tables of penalties), and
-    run first. Arrays that came over the wire are read-only.
+    A step is such a call, and so is what sets the rows of a new request before it. Arrays that came
+    over the wire are read-only.
     """
 
     program: str
-    packed: np.ndarray  # i32[n]
-    masks: np.ndarray | None = None  # i32[S, ceil(V / 32)]
-    admissions: tuple[ProgramCall, ...] = ()
+    arrays: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +109,7 @@ def facts_of(config: EngineConfig, sources: str) -> dict[str, str]:
     facts = {f"version of {name}": _version(name) for name in _SAME_PACKAGES}
     plain = msgspec.to_builtins(config)
     plain["compile"]["cache_dir"] = None  # hosts may keep their executables where they like
+    plain["gang"] = None  # each has its own place
     for part, value in plain.items():
         facts[f"configuration ({part})"] = msgspec.json.encode(value, order="sorted").decode()
     return {**facts, "sources": sources}

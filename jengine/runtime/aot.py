@@ -144,6 +144,11 @@ class Artifacts:
             return ExecutableStore(None, self.devices)
         return ExecutableStore(self._folder(self.toolchain, facts), self.devices)
 
+    def key(self, facts: Mapping[str, Any]) -> str:
+        """Of programs that depend on these facts, on any machine with the same toolchain."""
+        content = json.dumps([self._toolchain_facts(), facts], sort_keys=True, default=repr)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
     def cache(self, name: str) -> Path | None:
         """A folder for a cache that keeps its own keys."""
         if self.toolchain is None:

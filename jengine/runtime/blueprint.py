@@ -79,6 +79,7 @@ class Blueprint:
     num_pages: tuple[int, ...]
     reserve: int  # see `memory.reserve_bytes`
     table: ProgramTable
+    key: str  # the same where programs of one name do the same
     programs: Programs
 
     def load(self) -> None:
@@ -144,7 +145,8 @@ def draw_blueprint(
         fill=math.nan if config.cache.poison else 0.0,
         placement=placement,
     )
-    store = artifacts.store(_program_facts(model, table))
+    facts = _program_facts(model, table)
+    store = artifacts.store(facts)
     reserve = memory.reserve_bytes(
         device_memory,
         largest_tuned_bytes(of_rank, buckets, is_hopper() and model.cfg.dtype == "bfloat16"),
@@ -164,6 +166,7 @@ def draw_blueprint(
         num_pages=num_pages,
         reserve=reserve,
         table=table,
+        key=artifacts.key({**facts, "pages": inside}),
         programs=Programs(table, all_programs(buckets), store.inside(inside), options),
     )
 
@@ -188,7 +191,9 @@ def largest_tuned_bytes(
 def open_artifacts(config: EngineConfig, placement: Placement) -> Artifacts:
     """Where this engine keeps what it compiles."""
     root = Path(config.compile.cache_dir or cache_root() / "executables")
-    options = xla_options.compiler_options(placement.device.platform, xla_flags())
+    options = xla_options.compiler_options(
+        placement.device.platform, xla_flags(), jax.process_count()
+    )
     return Artifacts(root if config.compile.keep_executables else None, placement.devices, options)
 
 

@@ -136,13 +136,14 @@ def open_devices(
     if not jax_compat.backends_are_initialized():
         set_device_memory_share(cache.gpu_memory_utilization - OUTSIDE_SHARE)
     devices = tuple(jax.devices()[:num_devices])
-    if len(devices) < num_devices:
+    if len(devices) < num_devices or (jax.process_count() > 1 and jax.device_count() > num_devices):
         raise ValueError(
             f"tensor_parallel_size times data_parallel_size is {num_devices}, "
-            f"but {len(devices)} devices are there"
+            f"but {jax.device_count()} devices are there"
         )
     gc.collect()  # arrays of an engine that was closed
-    memories = (device_memory(device, cache, num_devices) for device in devices)
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    memories = (device_memory(device, cache, len(own)) for device in own)
     return devices, min(memories, key=lambda memory: memory.pool)
 
 

@@ -1,13 +1,13 @@
 """Reading what a step sampled, and log-probabilities that requests asked for, off the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from jengine.core.plan import ScheduledRequest, StepPlan, TokenLogprobs
 from jengine.layers.sampling import Logprobs
-from jengine.runtime.programs import SCORE, SCORE_ROWS, Programs
+from jengine.runtime.programs import SCORE_ROWS
 from jengine.runtime.step import StepOutput
 
 
@@ -52,9 +52,9 @@ class PromptScorer:
     requests with `prompt_logprobs`.
     """
 
-    def __init__(self, programs: Programs, leaves: tuple[jax.Array, ...], num_top: int) -> None:
-        self._programs = programs
-        self._leaves = leaves
+    def __init__(self, score: Callable[..., tuple[Logprobs, jax.Array]], num_top: int) -> None:
+        """`score` runs the program over (hidden [R, D], targets i32[R])."""
+        self._run = score
         self._num_top = num_top
 
     def read(
@@ -94,7 +94,7 @@ class PromptScorer:
             rows[: len(chunk)] = hidden_RD[start : start + len(chunk)]
             ids = np.zeros(SCORE_ROWS, np.int32)
             ids[: len(chunk)] = chunk
-            scores, logits = self._programs[SCORE](self._leaves, rows, ids)
+            scores, logits = self._run(rows, ids)
             table = _HostTable(scores, logits, self._num_top)
             entries += [table.entry(r, token, count) for r, token in enumerate(chunk)]
         return entries

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -21,7 +23,7 @@ from jengine.runtime.blueprint import (
 from jengine.runtime.buckets import Bucket, pick_bucket
 from jengine.runtime.forward import build_forward
 from jengine.runtime.memory import open_devices
-from jengine.runtime.programs import EMPTY, SET_PAGES, SET_ROW
+from jengine.runtime.programs import EMPTY, SCORE, SET_PAGES, SET_ROW
 from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
 from jengine.runtime.row_mirror import RowMirror, is_adjusted
 from jengine.runtime.shapes import num_bytes
@@ -49,6 +51,13 @@ class StepHandle:
     output: StepOutput
 
 
+class Tells(Protocol):
+    """The leader of an engine over several processes (`gang.py`)."""
+
+    def tell(self, program: str, arrays: tuple[np.ndarray, ...]) -> None: ...
+    def waiting(self) -> AbstractContextManager[None]: ...
+
+
 class ModelRunner:
     """Parameters (flat leaves), KV arrays, per-request rows and executables of one device, or of
     all ranks of a mesh.
@@ -56,9 +65,16 @@ class ModelRunner:
     `kv` and `rows` are donated to every step and replaced by its result; nobody else may hold them.
     """
 
-    def __init__(self, blueprint: Blueprint, parameters: Mapping[str, jax.Array]) -> None:
-        """Makes the KV arrays. Compile before: tuning needs the memory."""
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        parameters: Mapping[str, jax.Array],
+        leader: Tells | None = None,
+    ) -> None:
+        """Makes the KV arrays. Compile before: tuning needs the memory. A leader tells the other
+        processes what this one runs."""
         self.blueprint = blueprint
+        self._leader = leader
         self.config = blueprint.config
         self.max_model_len = blueprint.model.max_model_len
         self.vocab_size: int = blueprint.model.cfg.vocab_size
@@ -73,6 +89,7 @@ class ModelRunner:
         self.kv: KV
         self.kv, self.rows = self.programs[EMPTY]()
         self._layouts = blueprint.table.layouts
+        self._layouts_by_name = {str(bucket): layout for bucket, layout in self._layouts.items()}
         some_layout = self._layouts[self.buckets[0]]
         self.num_data_ranks = blueprint.placement.split.data
         self._mirrors = [
@@ -81,13 +98,12 @@ class ModelRunner:
         ]
         # A step without constrained requests brings no masks along.
         self._no_masks = {
-            (seqs, words): jax.device_put(
-                np.zeros((self.num_data_ranks * seqs, words), np.int32),
-                blueprint.placement.per_data_rank,
+            (seqs, words): blueprint.placement.zeros_per_data_rank(
+                (self.num_data_ranks * seqs, words), np.int32
             )
             for seqs, words in {layout.mask_shape for layout in self._layouts.values()}
         }
-        self._scorer = PromptScorer(self.programs, self.leaves, self.spec.num_logprobs)
+        self._scorer = PromptScorer(partial(self._call, SCORE), self.spec.num_logprobs)
         forward = build_forward(self.spec)
         self._forward = jax.jit(blueprint.placement.on_ranks(forward, (self.leaves, 0, 0), 0))
 
@@ -115,21 +131,35 @@ class ModelRunner:
 
     def launch(self, bucket: Bucket, batches: Sequence[HostBatch]) -> StepOutput:
         """Run the step of a bucket over the batch of each data rank."""
-        layout = self._layouts[bucket]
-        if all(batch.masks is None for batch in batches):
-            masks = self._no_masks[layout.mask_shape]
-        else:
-            none = np.zeros(layout.mask_shape, np.int32)
-            masks = _joined([none if b.masks is None else b.masks for b in batches])
         packed = _joined([batch.packed for batch in batches])
-        step = self.programs[str(bucket)]
-        self.kv, self.rows, output = step(self.leaves, self.kv, self.rows, packed, masks)
+        if all(batch.masks is None for batch in batches):
+            return self._call(str(bucket), packed)
+        none = np.zeros(self._layouts[bucket].mask_shape, np.int32)
+        masks = _joined([none if batch.masks is None else batch.masks for batch in batches])
+        return self._call(str(bucket), packed, masks)
+
+    def execute(self, name: str, arrays: Sequence[np.ndarray]) -> Any:
+        """Run a program over our state and these arguments. Whoever follows a leader does what it
+        does by this alone.
+        """
+        program = self.programs[name]
+        if name in (SET_ROW, SET_PAGES):
+            self.rows = program(self.rows, *arrays)
+            return None
+        if name == SCORE:
+            return program(self.leaves, *arrays)
+        packed, *masks = arrays
+        if not masks:
+            masks = [self._no_masks[self._layouts_by_name[name].mask_shape]]
+        self.kv, self.rows, output = program(self.leaves, self.kv, self.rows, packed, *masks)
         return output
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Wait for a plan's last step and read what its requests asked for."""
         plan, output = handle.plan, handle.output
-        token_ids, failed = read_sampled(np.asarray(output.sampled), plan)
+        with nullcontext() if self._leader is None else self._leader.waiting():
+            sampled = np.asarray(output.sampled)
+        token_ids, failed = read_sampled(sampled, plan)
         logprobs = prompt_logprobs = None
         if handle.batch.has_logprobs:
             logprobs = read_logprobs(output, plan.scheduled, token_ids, self.spec.num_logprobs)
@@ -149,7 +179,7 @@ class ModelRunner:
         """The live NNX module over the engine's own parameters. Raises `UnsupportedError` on
         several devices: there it exists in parts only.
         """
-        if self.blueprint.placement.num_ranks > 1:
+        if not self.blueprint.placement.is_one_device:
             raise UnsupportedError("model: split over several devices, there is no whole module")
         return self.spec.model(self.leaves)
 
@@ -162,8 +192,11 @@ class ModelRunner:
     def hidden_states(self, token_ids: Sequence[int]) -> jax.Array:
         """Final hidden states [T, D] of one text, outside the engine's cache.
 
-        Texts are padded to powers of two; the first one of a length compiles.
+        Texts are padded to powers of two; the first one of a length compiles. Raises
+        `UnsupportedError` in an engine over several processes.
         """
+        if self._leader is not None:
+            raise UnsupportedError("hidden_states: not in an engine over several processes")
         num_tokens = len(token_ids)
         padded = np.zeros(max(16, 1 << (num_tokens - 1).bit_length()), np.int32)
         padded[:num_tokens] = token_ids
@@ -195,14 +228,15 @@ class ModelRunner:
 
     def _admit(self, item: ScheduledRequest, rank: int) -> None:
         mirror = self._mirrors[rank]
-        row = np.int32(rank * mirror.num_rows + item.row)  # counted through all data ranks
+        # Rows are counted through all data ranks.
+        row = np.asarray(rank * mirror.num_rows + item.row, np.int32)
         tables = mirror.admit(item)
         if tables is not None:
-            self.rows = self.programs[SET_PAGES](self.rows, row, tables)
+            self._call(SET_PAGES, row, tables)
         if is_adjusted(item.request.sampling):
             self._set_row(item, row)
 
-    def _set_row(self, item: ScheduledRequest, row: np.int32) -> None:
+    def _set_row(self, item: ScheduledRequest, row: np.ndarray) -> None:
         """Set the tables of a request that uses penalties or bias. Its tokens are all known when it
         is admitted.
         """
@@ -217,7 +251,12 @@ class ModelRunner:
             bias[p.allowed_token_ids] = 0.0
         for token_id, value in (p.logit_bias or {}).items():
             bias[token_id] += value
-        self.rows = self.programs[SET_ROW](self.rows, row, counts, prompt_mask, bias)
+        self._call(SET_ROW, row, counts, prompt_mask, bias)
+
+    def _call(self, name: str, *arrays: np.ndarray) -> Any:
+        if self._leader is not None:
+            self._leader.tell(name, arrays)
+        return self.execute(name, arrays)
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

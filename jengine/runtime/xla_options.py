@@ -20,11 +20,14 @@ _GPU: Options = {
 }
 
 
-def compiler_options(platform: str, user_flags: str = "") -> Options:
+def compiler_options(platform: str, user_flags: str = "", num_processes: int = 1) -> Options:
     """For `lowered.compile`. An option that the user has set in XLA_FLAGS is left to the user."""
     if platform not in GPU_PLATFORMS:
         return {}
-    return {name: value for name, value in _GPU.items() if name not in user_flags}
+    # Processes that shared out what is to be tuned would have to compile at the same time.
+    of_many: Options = {"xla_gpu_shard_autotuning": False} if num_processes > 1 else {}
+    options = _GPU | of_many
+    return {name: value for name, value in options.items() if name not in user_flags}
 
 
 CUBLAS_SEQS = 64  # fewest that decode with cuBLASLt alone

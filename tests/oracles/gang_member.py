@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from jengine.distributed.channel import GangSettings, form_gang, join_gang
-from jengine.distributed.protocol import GangError, GangTiming, ProgramCall, StepInputs
+from jengine.distributed.protocol import GangError, GangTiming, ProgramCall
 from jengine.distributed.watchdog import StepWatchdog, end_process
 
 PROGRAMS = ("decode", "prefill", "set_pages")
@@ -37,20 +37,19 @@ class Member(msgspec.Struct):
     raises_at: int = 0
 
 
-def step_of(number: int, payload: int = 16) -> StepInputs:
+def step_of(number: int, payload: int = 16) -> ProgramCall:
     rng = np.random.default_rng(number)
     packed = rng.integers(-(2**31), 2**31, payload, np.int32)
     if number % 3:
-        return StepInputs("decode", packed)
-    pages = ProgramCall("set_pages", (np.int32(number)[...], packed.reshape(2, -1)))
-    return StepInputs("prefill", packed, rng.integers(0, 9, (2, 3), np.int32), (pages,))
+        return ProgramCall("decode", (packed,))
+    if number % 2:
+        return ProgramCall("set_pages", (np.int32(number)[...], packed.reshape(2, -1)))
+    return ProgramCall("prefill", (packed, rng.integers(0, 9, (2, 3), np.int32)))
 
 
-def fingerprint(inputs: StepInputs) -> str:
-    digest = hashlib.md5(inputs.program.encode())
-    arrays = [a for call in inputs.admissions for a in call.arrays] + [inputs.packed]
-    arrays += [] if inputs.masks is None else [inputs.masks]
-    for array in arrays:
+def fingerprint(call: ProgramCall) -> str:
+    digest = hashlib.md5(call.program.encode())
+    for array in call.arrays:
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return digest.hexdigest()
 
@@ -70,10 +69,10 @@ def follow(member: Member, settings: GangSettings) -> None:
         watchdog = StepWatchdog(member.limit, channel.fail, backstop=1.0)
         print("joined", flush=True)
         number = 0
-        while (inputs := channel.receive()) is not None:
+        while (call := channel.receive()) is not None:
             number += 1
             with watchdog.step(f"step {number}"):
-                print(fingerprint(inputs), flush=True)
+                print(fingerprint(call), flush=True)
                 if number == member.stuck_at:
                     # PyDLL keeps the interpreter's lock while it calls
                     (ctypes.PyDLL(None).sleep if member.holds_lock else time.sleep)(60)

@@ -110,7 +110,7 @@ def test_the_first_rank_is_found_out(
     ("argv", "message"),
     [
         (["-dpl", "2"], "needs --data-parallel-multi-port-external-lb"),
-        (["--nnodes", "2"], "one engine over several hosts is not in this version"),
+        (["--node-rank", "1"], "--node-rank needs --nnodes"),
         (["-dpm", "--data-parallel-size", "2", "--max-num-seqs", "0"], "max_num_seqs must be >= 1"),
         (
             ["-dpm", "--data-parallel-size", "2", "--data-parallel-on-failure", "x"],

@@ -1,0 +1,244 @@
+"""One engine over several real processes: it answers as one process does, and ends as a whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.live import REPO
+from tests.server.harness import free_port, get, post, wait_for
+
+START_SECONDS = 240.0
+LOST_SECONDS = 20.0
+PARAMS: list[dict[str, Any]] = [
+    {"temperature": 0, "logprobs": 3},
+    {"temperature": 0.8, "seed": 7, "top_k": 40},
+    {"temperature": 0, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
+    {"temperature": 0, "prompt_logprobs": 2},
+    {"temperature": 1.0, "seed": 9, "logit_bias": {"17": 4.0}},
+    {"temperature": 0, "min_tokens": 6},
+]
+REQUESTS = [
+    {"model": "tiny", "prompt": [3 + (7 * i + 5 * j) % 250 for j in range(4 + 9 * i)],
+     "max_tokens": 24, "ignore_eos": True, **params}
+    for i, params in enumerate(PARAMS)
+]  # fmt: skip
+
+
+@dataclass
+class Process:
+    """A rank; the leader's is the first."""
+
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    def end(self, seconds: float = 30.0) -> int:
+        try:
+            return self.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"has not ended after {seconds} s:\n{self.log.read_text()[-3000:]}")
+
+
+def command(
+    folder: Path, rank: int, size: int, port: int, http: int, host: str = "127.0.0.1"
+) -> list[str]:
+    words = [sys.executable, "-m", "jengine.server", "serve", str(folder)]
+    words += ["--dtype", "float32", "--served-model-name", "tiny", "--max-num-seqs", "4"]
+    words += ["--max-num-batched-tokens", "32", "--num-gpu-blocks-override", "48", "--no-grpc"]
+    words += ["--max-model-len", "256", "--tensor-parallel-size", str(size), "--port", str(http)]
+    if size > 1:
+        words += ["--nnodes", str(size), "--node-rank", str(rank)]
+        words += ["--master-addr", host, "--master-port", str(port)]
+    return words
+
+
+@contextmanager
+def gang(
+    folder: Path, tmp: Path, size: int, prefixes: Sequence[Sequence[str]] = (), host: str = ""
+) -> Iterator[tuple[list[Process], str]]:
+    """Processes of one engine, and the leader's URL. Whatever is left is killed at the end."""
+    port, http = free_port(), free_port()
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JENGINE_CACHE": str(tmp / "cache")}
+    environment["XLA_FLAGS"] = ""
+    processes: list[Process] = []
+    try:
+        for rank in range(size):
+            words = command(folder, rank, size, port, http, host or "127.0.0.1")
+            log = tmp / f"rank{rank}.log"
+            with log.open("wb") as out:
+                popen = subprocess.Popen(
+                    [*(prefixes[rank] if prefixes else ()), *words],
+                    cwd=REPO, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )  # fmt: skip
+            processes.append(Process(popen, log))
+        yield processes, f"http://127.0.0.1:{http}"
+    finally:
+        for process in processes:
+            if process.popen.poll() is None:
+                os.killpg(process.popen.pid, signal.SIGKILL)
+                process.popen.wait()
+
+
+def wait_ready(processes: Sequence[Process], url: str) -> None:
+    def is_ready() -> bool:
+        ended = [p.log.read_text()[-3000:] for p in processes if p.popen.poll() is not None]
+        assert not ended, ended
+        try:
+            return get(url + "/ready")[0] == 200
+        except OSError:
+            return False
+
+    wait_for(is_ready, START_SECONDS)
+
+
+def answers(url: str) -> list[Any]:
+    """To all requests at once: more of them than rows."""
+
+    def ask(body: dict[str, Any]) -> Any:
+        status, answer, _ = post(url + "/v1/completions", body)
+        assert status == 200, answer
+        choice = answer["choices"][0]
+        return [choice[name] for name in ("text", "finish_reason")] + [
+            (choice.get("logprobs") or {}).get("tokens"),
+            [sorted(entry or {}) for entry in choice.get("prompt_logprobs") or []],
+        ]
+
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        return list(pool.map(ask, REQUESTS))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.oracles.tiny_llama import make_tiny_llama
+
+    path = tmp_path_factory.mktemp("tiny")
+    make_tiny_llama(path, num_key_value_heads=2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    with gang(folder, tmp_path_factory.mktemp("alone"), 1) as (processes, url):
+        wait_ready(processes, url)
+        return answers(url)
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_answer_as_one_does_and_drain(
+    size: int, folder: Path, alone: list[Any], tmp_path: Path
+) -> None:
+    with gang(folder, tmp_path, size) as (processes, url):
+        wait_ready(processes, url)
+        assert answers(url) == alone
+        assert answers(url) == alone  # prompts are cached now
+        for process in processes:  # as launchers do
+            process.popen.send_signal(signal.SIGTERM)
+        assert [process.end() for process in processes] == [0] * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["follower killed", "follower stopped", "leader killed"])
+def test_one_that_is_lost_ends_all(case: str, folder: Path, tmp_path: Path) -> None:
+    with gang(folder, tmp_path, 2) as (processes, url):
+        wait_ready(processes, url)
+        outcomes: list[str] = []
+
+        def stream() -> None:
+            body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 240, "ignore_eos": True}
+            while not outcomes:
+                try:
+                    status, answer, _ = post(url + "/v1/completions", body)
+                except OSError as error:
+                    outcomes.append(f"connection: {error}")
+                else:
+                    if status != 200:
+                        outcomes.append(f"{status} {answer}")
+
+        client = threading.Thread(target=stream)
+        client.start()
+        time.sleep(1.0)
+        victim = processes[0 if case.startswith("leader") else 1]
+        is_stop = case.endswith("stopped")
+        os.killpg(victim.popen.pid, signal.SIGSTOP if is_stop else signal.SIGKILL)
+        started = time.monotonic()
+        survivor = processes[1 if victim is processes[0] else 0]
+        code = survivor.end(LOST_SECONDS)
+        print(f"{case}: ended with {code} after {time.monotonic() - started:.1f} s")
+        assert code != 0
+        client.join(30.0)
+        assert outcomes and not outcomes[0].startswith("200")
+        if is_stop:
+            os.killpg(victim.popen.pid, signal.SIGCONT)
+            assert victim.end(LOST_SECONDS) != 0
+
+
+@pytest.mark.slow
+def test_other_flags_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Before anything is computed: exit code 78, and both say what differs."""
+    port, http = free_port(), free_port()
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JENGINE_CACHE": str(tmp_path / "cache")}
+    logs = [tmp_path / "leader.log", tmp_path / "follower.log"]
+    popens = []
+    for rank, log in enumerate(logs):
+        words = [*command(folder, rank, 2, port, http), *(["--seed", "5"] if rank else [])]
+        with log.open("wb") as out:
+            popens.append(
+                subprocess.Popen(words, cwd=REPO, env=environment, stdout=out, stderr=out)
+            )
+    try:
+        assert popens[1].wait(120) == 78
+        assert popens[0].wait(30) != 0
+        assert all("configuration (model)" in log.read_text() for log in logs)
+    finally:
+        for popen in popens:
+            popen.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+def test_in_separate_network_namespaces(folder: Path, alone: list[Any], tmp_path: Path) -> None:
+    names, addresses = ("jgang0", "jgang1"), ("10.231.7.1", "10.231.7.2")
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "jgv0", "netns", names[0], "type", "veth",
+           "peer", "name", "jgv1", "netns", names[1])  # fmt: skip
+        for i, (name, address) in enumerate(zip(names, addresses, strict=True)):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"jgv{i}")
+            ip("-n", name, "link", "set", f"jgv{i}", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        prefixes = [["ip", "netns", "exec", name] for name in names]
+        with gang(folder, tmp_path, 2, prefixes, addresses[0]) as (processes, url):
+            asked = subprocess.run(
+                [*prefixes[0], sys.executable, "-c", ASK, url], cwd=REPO, capture_output=True,
+                text=True, timeout=START_SECONDS,
+            )  # fmt: skip
+            assert asked.returncode == 0, asked.stderr + processes[0].log.read_text()[-2000:]
+            assert json.loads(asked.stdout) == json.loads(json.dumps(alone))
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+ASK = """
+import json, sys
+from tests.e2e.test_gang import answers, wait_ready
+wait_ready([], sys.argv[1])
+print(json.dumps(answers(sys.argv[1])))
+"""
