@@ -12,9 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jengine.config import EngineConfig
 from jengine.layers.param import abstract_parameters
+from jengine.models.loader import open_model
 from jengine.protocol import CoreReady
 from jengine.request import SamplingParams
+from jengine.runtime.blueprint import draw_blueprint, open_artifacts
+from jengine.runtime.memory import open_devices
+from jengine.sharding.placement import Placement
 from jengine.text.tokenizer import Tokenizer
 from tests.oracles.core_pump import CorePump
 from tests.oracles.driver import Driver
@@ -175,6 +180,7 @@ def test_the_engine_serves_the_same(
     for four in (compiled, loaded):
         assert four.tokens == one.tokens
         np.testing.assert_allclose(four.logprobs, one.logprobs, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(four.hidden, one.hidden, rtol=0, atol=TOLERANCE)
     two = outputs(folder, tmp_path, **TP2)
     assert two.num_compiled > 0 and two.tokens == one.tokens
 
@@ -221,10 +227,32 @@ def test_data_ranks_serve_their_own_requests(tmp_path: Path) -> None:
     assert count_collectives(hlo) == {"all-gather": 3, "reduce-scatter": 1}
 
 
+def test_executables_of_different_meshes_are_kept_apart(tmp_path: Path) -> None:
+    write_dummy_model(tmp_path / "model", **MIXTRAL_OF_EIGHT)
+    cache = dict(keep_executables=True, cache_dir=str(tmp_path / "cache"), load_format="dummy")
+
+    def folder(mesh: dict[str, Any]) -> Path:
+        config = EngineConfig.from_kwargs(str(tmp_path / "model"), num_pages=8, **cache, **mesh)
+        devices, memory = open_devices(config.cache, config.parallel.num_ranks)
+        model = open_model(config)
+        placement = Placement(model.split, devices)
+        artifacts = open_artifacts(config, placement)
+        found = draw_blueprint(config, model, placement, memory, artifacts).programs._store.folder
+        assert found is not None
+        return found
+
+    four = [folder(mesh) for mesh in (TP4, EP4, TP2_EP2, DP2_TP2_EP)]
+    assert len({each.parent for each in four}) == 4  # of one toolchain
+    assert {each.parent.parent for each in four} == {folder(TP4).parent.parent}
+    assert folder(TP4) == four[0]
+    assert folder(TP2).parent.parent != four[0].parent.parent
+
+
 @dataclasses.dataclass
 class Served:
     tokens: dict[str, list[int]]
     logprobs: list[float]
+    hidden: np.ndarray  # of a text outside the cache
     num_compiled: int
 
 
@@ -243,7 +271,8 @@ def outputs(model: Path, tmp_path: Path, **options: Any) -> Served:
         pump.submit(f"r{i}", rng.integers(3, 128, prompt).tolist(), params, seed=i)
     pump.drain()
     ready = next(message for message in pump.messages if isinstance(message, CoreReady))
-    return Served(pump.tokens(), logprobs_of(pump), ready.num_compiled)
+    hidden = np.asarray(pump.core.runner.hidden_states(list(range(3, 30))))
+    return Served(pump.tokens(), logprobs_of(pump), hidden, ready.num_compiled)
 
 
 def logprobs_of(pump: CorePump) -> list[float]:
