@@ -31,7 +31,8 @@ def check_supported(request: pb.GenerateRequest) -> None:
             raise InvalidRequestError(name, "this server does not transfer KV caches")
     if request.HasField("data_parallel_rank") and request.data_parallel_rank != 0:
         raise InvalidRequestError(
-            "data_parallel_rank", f"must be 0: there is one rank, got {request.data_parallel_rank}"
+            "data_parallel_rank",
+            f"must be 0: ranks are chosen by load, got {request.data_parallel_rank}",
         )
 
 

@@ -28,8 +28,14 @@ from jengine.layers.sampling import RowState
 from jengine.models.registry import resolve_architecture
 from jengine.pallas_kernels.platform import tracing_for
 from jengine.runtime.batch import BatchLayout
+from jengine.runtime.buckets import Bucket
+from jengine.runtime.programs import ProgramTable
+from jengine.runtime.shapes import abstract_kv, abstract_leaf, abstract_rows
 from jengine.runtime.step import StepSpec, build_step
 from jengine.runtime.xla_options import bucket_options, compiler_options
+from jengine.sharding.cut import cut_array
+from jengine.sharding.placement import Placement
+from jengine.sharding.split import Split
 
 TARGET_CONFIG = Path(__file__).with_name("h100_target_config.txtpb")
 PAGE_SIZE, NUM_PAGES, NUM_STATES = 16, 2048, 256
@@ -146,6 +152,46 @@ def compile_step(
     return compile_for_h100(build_step(spec, layout), arguments, ("kv", "rows"), folder, **options)
 
 
+def compile_ranks_step(
+    config: dict[str, Any], split: Split, num_tokens: int, num_seqs: int, folder: Path
+) -> Program:
+    """The same step over as many H100s as `split` has ranks."""
+    model_class, cfg = read_config(config)
+    rank_cfg = cfg.of_rank(split)
+    whole, rank = model_class(cfg), model_class(rank_cfg)
+    placement = Placement(split, _devices(split.num_ranks))
+    local = abstract_parameters(rank)
+    leaves = tuple(
+        abstract_leaf(
+            info,
+            cut_array(split, info.logical_axes, info.sections, local[path].sections),
+            placement,
+        )
+        for path, info in abstract_parameters(whole).items()
+    )
+    graphdef, state = nnx.split(rank)
+    groups = build_groups(model_class.kv_specs(rank_cfg), PAGE_SIZE)
+    spec = StepSpec(graphdef, jax.tree.structure(state), groups, NUM_LOGPROBS)
+    pages_per_seq, vocab_size = MAX_MODEL_LEN // PAGE_SIZE, cfg.vocab_size
+    bucket = Bucket(num_tokens, num_seqs)
+    layout = BatchLayout(num_tokens, num_seqs, len(groups), pages_per_seq, NUM_ROWS, vocab_size)
+    num_pages = (NUM_PAGES,) * len(groups)
+    table = ProgramTable(
+        spec=spec,
+        layouts={bucket: layout},
+        leaves=leaves,
+        kv=abstract_kv(groups, spec.group_of_layer, num_pages, placement),
+        rows=abstract_rows(NUM_ROWS, vocab_size, len(groups), pages_per_seq, placement),
+        hidden=_array((cfg.hidden_size,), cfg.dtype),
+        fill=0.0,
+        placement=placement,
+    )
+    with tracing_for("cuda"):
+        lowered = table.lower(str(bucket))
+    options = bucket_options(compiler_options("cuda"), num_tokens, num_seqs)
+    return _compile(lowered, folder, options)
+
+
 def read_config(config: dict[str, Any]) -> tuple[Any, Any]:
     """(class, config) of the model."""
     _, model_class = resolve_architecture(config)
@@ -202,6 +248,10 @@ def compile_for_h100(
     )
     with tracing_for("cuda"):
         lowered = jax.jit(function, donate_argnames=donated).lower(*placed)
+    return _compile(lowered, folder, options)
+
+
+def _compile(lowered: jax.stages.Lowered, folder: Path, options: dict[str, Any]) -> Program:
     dump = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
     compiled = lowered.compile(compiler_options={**dump, **options})
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
@@ -214,12 +264,17 @@ def compile_for_h100(
     )
 
 
-@functools.cache
 def _device() -> jax.Device:
+    return _devices(1)[0]
+
+
+@functools.cache
+def _devices(count: int) -> tuple[jax.Device, ...]:
+    """Of one host."""
     topology = topologies.get_topology_desc(
-        "h100", platform="cuda", topology="1x1x1", target_config=TARGET_CONFIG.read_text()
+        "h100", platform="cuda", topology=f"1x1x{count}", target_config=TARGET_CONFIG.read_text()
     )
-    return topology.devices[0]
+    return tuple(topology.devices)
 
 
 def _array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:

@@ -12,9 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jengine.config import EngineConfig
 from jengine.layers.param import abstract_parameters
+from jengine.models.loader import open_model
 from jengine.protocol import CoreReady
 from jengine.request import SamplingParams
+from jengine.runtime.blueprint import draw_blueprint, open_artifacts
+from jengine.runtime.memory import open_devices
+from jengine.sharding.placement import Placement
 from jengine.text.tokenizer import Tokenizer
 from tests.oracles.core_pump import CorePump
 from tests.oracles.driver import Driver
@@ -139,6 +144,8 @@ def test_shared_experts_and_latents(tmp_path: Path) -> None:
     """
     driver = check(tmp_path, DEEPSEEK["v3-no-q-lora"], EP2)
     assert collectives(driver, "3x3") == {"all-reduce": 5, "all-gather": 1}
+    # XLA joins sums that do not wait for each other: there are none to join.
+    assert driver.runner.blueprint.table.lower("3x3").as_text().count("all_reduce") == 5
     assert driver.runner.groups[0].spec.entry_shape == (48 + 16,)
 
 
@@ -173,6 +180,7 @@ def test_the_engine_serves_the_same(
     for four in (compiled, loaded):
         assert four.tokens == one.tokens
         np.testing.assert_allclose(four.logprobs, one.logprobs, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(four.hidden, one.hidden, rtol=0, atol=TOLERANCE)
     two = outputs(folder, tmp_path, **TP2)
     assert two.num_compiled > 0 and two.tokens == one.tokens
 
@@ -219,10 +227,32 @@ def test_data_ranks_serve_their_own_requests(tmp_path: Path) -> None:
     assert count_collectives(hlo) == {"all-gather": 3, "reduce-scatter": 1}
 
 
+def test_executables_of_different_meshes_are_kept_apart(tmp_path: Path) -> None:
+    write_dummy_model(tmp_path / "model", **MIXTRAL_OF_EIGHT)
+    cache = dict(keep_executables=True, cache_dir=str(tmp_path / "cache"), load_format="dummy")
+
+    def folder(mesh: dict[str, Any]) -> Path:
+        config = EngineConfig.from_kwargs(str(tmp_path / "model"), num_pages=8, **cache, **mesh)
+        devices, memory = open_devices(config.cache, config.parallel.num_ranks)
+        model = open_model(config)
+        placement = Placement(model.split, devices)
+        artifacts = open_artifacts(config, placement)
+        found = draw_blueprint(config, model, placement, memory, artifacts).programs._store.folder
+        assert found is not None
+        return found
+
+    four = [folder(mesh) for mesh in (TP4, EP4, TP2_EP2, DP2_TP2_EP)]
+    assert len({each.parent for each in four}) == 4  # of one toolchain
+    assert {each.parent.parent for each in four} == {folder(TP4).parent.parent}
+    assert folder(TP4) == four[0]
+    assert folder(TP2).parent.parent != four[0].parent.parent
+
+
 @dataclasses.dataclass
 class Served:
     tokens: dict[str, list[int]]
     logprobs: list[float]
+    hidden: np.ndarray  # of a text outside the cache
     num_compiled: int
 
 
@@ -236,12 +266,13 @@ def outputs(model: Path, tmp_path: Path, **options: Any) -> Served:
         params = SamplingParams(
             temperature=0.8 * (i % 2), top_k=20, max_tokens=answer, ignore_eos=True,
             repetition_penalty=1.0 + 0.2 * (i % 3), logprobs=4 if i < 3 else None,
-            prompt_logprobs=2 if i == 1 else None, logit_bias={5: 1.0},
+            prompt_logprobs=2 if i == 1 else None, logit_bias={40 + i: 4.0},
         )  # fmt: skip
         pump.submit(f"r{i}", rng.integers(3, 128, prompt).tolist(), params, seed=i)
     pump.drain()
     ready = next(message for message in pump.messages if isinstance(message, CoreReady))
-    return Served(pump.tokens(), logprobs_of(pump), ready.num_compiled)
+    hidden = np.asarray(pump.core.runner.hidden_states(list(range(3, 30))))
+    return Served(pump.tokens(), logprobs_of(pump), hidden, ready.num_compiled)
 
 
 def logprobs_of(pump: CorePump) -> list[float]:

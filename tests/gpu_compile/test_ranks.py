@@ -1,0 +1,63 @@
+"""What a step becomes over two H100s, seen without any: the kernels of one, collectives between."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from jengine.sharding.split import Split
+from tests.oracles import h100
+from tests.oracles.h100 import LLAMA_8B, Program, compile_ranks_step
+
+pytestmark = [h100.needs_compiler, pytest.mark.slow]
+
+SHAPES = json.loads((Path(h100.__file__).parents[2] / "benchmarks" / "shapes.json").read_text())
+LLAMA = dict(LLAMA_8B, num_hidden_layers=2)
+MOE = dict(SHAPES["qwen3_30b_a3b"], num_hidden_layers=2)
+
+
+def collectives(program: Program) -> Counter[str]:
+    found = re.findall(
+        r" (all-reduce|all-gather|all-to-all|reduce-scatter)(?:-start)?\(", program.hlo
+    )
+    return Counter(found)
+
+
+def summed(program: Program) -> list[str]:
+    """Shapes of what layers sum."""
+    return re.findall(r"= (\w+\[[\d,]+\])\S* all-reduce\(", program.hlo)
+
+
+def test_a_decode_step_sums_float32(tmp_path: Path) -> None:
+    """Few rows have several summands: their sum is sent unrounded."""
+    program = compile_ranks_step(LLAMA, Split(tensor=2), 8, 8, tmp_path)
+    assert collectives(program) == {"all-reduce": 5, "all-gather": 1}
+    assert summed(program) == ["f32[8,4096]"] * 4
+    counts = Counter(program.kernels)
+    assert [counts[name] for name in ("multiply_rows", "rotate_heads", "decode_split")] == [8, 2, 2]
+
+
+def test_a_prompt_sums_what_its_products_rounded(tmp_path: Path) -> None:
+    program = compile_ranks_step(LLAMA, Split(tensor=2), 512, 8, tmp_path)
+    assert collectives(program) == {"all-reduce": 5, "all-gather": 1}
+    assert summed(program) == ["bf16[1,512,4096]"] * 4
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        (Split(expert=2), {"all-reduce": 5, "all-gather": 1}),
+        (Split(data=2), {"all-gather": 2, "reduce-scatter": 2}),  # XLA gathers three arrays at once
+    ],
+    ids=["experts", "data"],
+)
+def test_routed_experts_keep_their_kernels(
+    split: Split, expected: dict[str, int], tmp_path: Path
+) -> None:
+    program = compile_ranks_step(MOE, split, 8, 8, tmp_path)
+    assert collectives(program) == expected
+    counts = Counter(program.kernels)
+    for name in ("choose_experts", "plan_experts", "gate_up_of_experts", "down_of_experts"):
+        assert counts[name] == 2
