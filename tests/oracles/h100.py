@@ -171,7 +171,7 @@ def compile_ranks_step(
     )
     graphdef, state = nnx.split(rank)
     groups = build_groups(model_class.kv_specs(rank_cfg), PAGE_SIZE)
-    spec = StepSpec(graphdef, jax.tree.structure(state), groups, NUM_LOGPROBS)
+    spec = StepSpec(graphdef, jax.tree.structure(state), groups, NUM_LOGPROBS, keeps_logits=False)
     pages_per_seq, vocab_size = MAX_MODEL_LEN // PAGE_SIZE, cfg.vocab_size
     bucket = Bucket(num_tokens, num_seqs)
     layout = BatchLayout(num_tokens, num_seqs, len(groups), pages_per_seq, NUM_ROWS, vocab_size)
