@@ -294,3 +294,16 @@ def test_xla_takes_aligned_arrays_over_without_a_copy(dtype: type) -> None:
     assert value.ctypes.data % ALIGNMENT == 0
     device = jax.local_devices(backend="cpu")[0]
     assert jax.device_put(value, device).unsafe_buffer_pointer() == value.ctypes.data
+
+
+def test_integers_are_no_weights_and_weights_no_integers() -> None:
+    for out, value in (
+        (np.float32, np.int8),
+        (ml_dtypes.bfloat16, np.int64),
+        (np.int32, np.float32),
+    ):
+        with pytest.raises(LoadError, match="tensor 'x' has dtype"):
+            cast_into(aligned_empty((2,), np.dtype(out)), np.ones(2, value), "x")
+    table = aligned_empty((2,), np.dtype(np.int32))
+    cast_into(table, np.array([3, 1]), "x")
+    assert table.tolist() == [3, 1]
