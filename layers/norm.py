@@ -77,6 +77,11 @@ class BiasedLayerNorm(LayerNorm):
 
 
 def centre(x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-    """Float32 rows less their means, which are sums that depend on their own row only."""
+    """Float32 rows less their means."""
+    return x_TD - mean(x_TD, num_tokens)
+
+
+def mean(x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+    """[T, 1] of float32 rows: sums that depend on their own row only."""
     ones = jnp.ones((MIN_COLUMNS, x_TD.shape[1]), jnp.float32)
-    return x_TD - linear(x_TD, ones, num_tokens=num_tokens)[:, :1] / x_TD.shape[1]
+    return linear(x_TD, ones, num_tokens=num_tokens)[:, :1] / x_TD.shape[1]

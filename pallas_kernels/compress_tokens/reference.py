@@ -102,7 +102,10 @@ def _join(a: Softmax, b: Softmax) -> Softmax:
     new_max = jnp.maximum(a[0], b[0])
     new_max = jnp.where(jnp.isfinite(new_max), new_max, 0.0)  # both are empty: of padding
     decay_a, decay_b = jnp.exp(a[0] - new_max), jnp.exp(b[0] - new_max)
-    return new_max, a[1] * decay_a + b[1] * decay_b, a[2] * decay_a + b[2] * decay_b
+    # Without the barrier XLA:CPU makes fused multiply-adds of these in some shapes only.
+    products = (a[1] * decay_a, b[1] * decay_b, a[2] * decay_a, b[2] * decay_b)
+    sum_a, sum_b, acc_a, acc_b = lax.optimization_barrier(products)
+    return new_max, sum_a + sum_b, acc_a + acc_b
 
 
 def _mean(softmax: Softmax) -> jax.Array:

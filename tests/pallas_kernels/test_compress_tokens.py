@@ -138,6 +138,10 @@ def test_an_entry_has_the_same_bits_however_it_was_cut(r: int, halves: int) -> N
             cut.step(left, is_decode=True)
         else:
             cut.step([length - done for done in cut.done])
+    alone = Batch(texts[:1], r)
+    for _ in range(length):
+        alone.step([1], is_decode=True, padding=0)
+    np.testing.assert_array_equal(np.stack(alone.entries[0]), np.stack(whole.entries[0]))
     cut.check()
     assert cut.done == [length] * 3
     for got, expected in zip(cut.entries, whole.entries, strict=True):
