@@ -16,6 +16,8 @@ from tests.oracles.driver import Driver
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from tests.models.test_families import check_bfloat16  # imports both
+
 TOLERANCE = 1e-4
 LENGTH = 75
 CASES: dict[str, dict[str, Any]] = {
@@ -52,6 +54,7 @@ def test_logits_match_transformers(name: str, tmp_path: Path) -> None:
     for chunks in ([LENGTH], [9, 1, 1, LENGTH - 11]):
         logits = driver.logits(tokens(LENGTH), chunks)
         assert np.abs(logits - expected).max() <= TOLERANCE, chunks
+    check_bfloat16(driver.loaded.checkpoint.hf_config)
 
 
 @pytest.fixture(scope="module")
