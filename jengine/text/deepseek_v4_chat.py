@@ -161,12 +161,13 @@ def _in_order(parts: list[tuple[int | None, str]]) -> list[str]:
 
 
 def _render(chat: list[dict[str, Any]], mode: Mode, *, opens_turn: bool) -> str:
-    last_turn = max((i for i, m in enumerate(chat) if m["role"] in TURNS), default=-1)
+    if mode.is_thinking and mode.drops_thinking:  # what developers said to old turns goes, too
+        last_turn = _last_turn(chat)
+        chat = [m for i, m in enumerate(chat) if i >= last_turn or m["role"] != "developer"]
+    last_turn = _last_turn(chat)
     text = BOS + (MAX_EFFORT if mode.is_thinking and mode.effort == "max" else "")
     for i, message in enumerate(chat):
         is_old = mode.drops_thinking and i < last_turn
-        if is_old and mode.is_thinking and message["role"] == "developer":
-            continue
         text += _render_message(message, chat[i - 1] if i else None, mode, is_old=is_old)
         is_last = i + 1 == len(chat)
         is_followed = opens_turn if is_last else chat[i + 1]["role"] == "assistant"
@@ -174,6 +175,10 @@ def _render(chat: list[dict[str, Any]], mode: Mode, *, opens_turn: bool) -> str:
             thinks = mode.is_thinking and (not mode.drops_thinking or i == last_turn)
             text += _transition(message.get("task"), THINK if thinks else END_THINK)
     return text
+
+
+def _last_turn(chat: Sequence[Mapping[str, Any]]) -> int:
+    return max((i for i, message in enumerate(chat) if message["role"] in TURNS), default=-1)
 
 
 def _render_message(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jengine.config import EngineConfig
+from jengine.config import CacheConfig, EngineConfig
 from jengine.errors import LoadError
 from jengine.kv_spec import KVGroup, build_groups
 from jengine.layers.param import abstract_parameters
@@ -20,6 +20,7 @@ from jengine.models.deepseek_v4.model import DeepseekV4ForCausalLM
 from jengine.models.deepseek_v4.mtp import DeepseekV4MTPForCausalLM
 from jengine.models.loader import load_parameters, open_model
 from jengine.models.registry import resolve_architecture
+from jengine.runtime.memory import plan_pages
 from tests.oracles.deepseek_v4 import GOLDEN
 
 COMMON = dict(
@@ -286,6 +287,26 @@ def test_a_million_tokens_of_pro_take_a_ninth_of_v32s() -> None:
     (v32_bytes,) = request_bytes(build_groups(v32_class.kv_specs(v32)), million).values()
     assert round(v32_bytes / GIB, 1) == 83.9
     assert round(v32_bytes / published, 1) == 8.7
+
+
+def test_the_planner_asks_for_no_more_than_that() -> None:
+    """One such request, its steps of one token: the null pages, the second page of windows and two
+    states are what the plan has beyond the published figure."""
+    groups = build_groups(DeepseekV4ForCausalLM.kv_specs(read(PRO)))
+    published = 10_334_371_840  # 9.6246 GiB
+    null_pages = sum(group.bytes_per_page for group in groups)
+    needed = published + 61 * 128 * 1024 + 2 * 861 * 1024 + null_pages
+
+    def plan(num_bytes: int) -> tuple[int, ...]:
+        return plan_pages(
+            groups, CacheConfig(kv_cache_memory_bytes=num_bytes), free_bytes=0, is_planned=True,
+            max_model_len=1 << 20, max_chunk=1, max_num_seqs=1,
+        )  # fmt: skip
+
+    assert plan(needed)[:3] == (8193, 8193, 3)
+    with pytest.raises(ValueError, match=f"one request of max_model_len=1048576 needs {needed:,}"):
+        plan(needed - 1)
+    assert needed / GIB < 9.65
 
 
 def test_growth_and_states_are_the_papers() -> None:

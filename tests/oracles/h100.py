@@ -32,7 +32,7 @@ from jengine.runtime.step import StepSpec, build_step
 from jengine.runtime.xla_options import bucket_options, compiler_options
 
 TARGET_CONFIG = Path(__file__).with_name("h100_target_config.txtpb")
-PAGE_SIZE, NUM_PAGES, NUM_STATES = 16, 2048, 256
+NUM_PAGES, NUM_STATES = 2048, 256
 MAX_MODEL_LEN = 8192
 NUM_ROWS = 256
 NUM_LOGPROBS = 20
@@ -133,7 +133,7 @@ def compile_step(
         num_tokens=num_tokens,
         num_seqs=num_seqs,
         num_groups=len(groups),
-        pages_per_seq=MAX_MODEL_LEN // PAGE_SIZE,
+        pages_per_seq=MAX_MODEL_LEN // groups[0].page_size,
         num_rows=NUM_ROWS,
         vocab_size=cfg.vocab_size,
         max_steps=max_steps,
@@ -156,7 +156,7 @@ def read_config(config: dict[str, Any]) -> tuple[Any, Any]:
 
 def kv_groups(config: dict[str, Any]) -> tuple[KVGroup, ...]:
     model_class, cfg = read_config(config)
-    return build_groups(model_class.kv_specs(cfg), PAGE_SIZE)
+    return build_groups(model_class.kv_specs(cfg))
 
 
 def kv_arrays(config: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -171,15 +171,15 @@ def kv_arrays(config: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def row_state(config: dict[str, Any]) -> RowState:
-    table = (NUM_ROWS, config["vocab_size"])
+    table, groups = (NUM_ROWS, config["vocab_size"]), kv_groups(config)
     return jax.eval_shape(
         lambda: RowState(
             last_token=jnp.zeros(NUM_ROWS, jnp.int32),
             output_counts=jnp.zeros(table, jnp.int32),
             prompt_mask=jnp.zeros(table, jnp.bool_),
             bias=jnp.zeros(table, jnp.float32),
-            page_tables=(jnp.zeros((NUM_ROWS, MAX_MODEL_LEN // PAGE_SIZE), jnp.int32),)
-            * len(kv_groups(config)),
+            page_tables=(jnp.zeros((NUM_ROWS, MAX_MODEL_LEN // groups[0].page_size), jnp.int32),)
+            * len(groups),
         )
     )
 

@@ -70,6 +70,13 @@ GOLDEN: list[tuple[Chat, dict[str, Any], str]] = [
 ]
 
 
+def test_old_developers_are_dropped_with_old_reasoning() -> None:
+    developer = {"role": "developer", "content": "d"}
+    chat = [user("a"), developer, assistant("b", reasoning="r"), developer, user("c")]
+    assert render_chat(chat, variables=THINKING) == f"{B}{U}a{A}</think>b{E}{U}c{A}<think>"
+    assert render_chat(chat) == f"{B}{U}a{U}d{A}</think>b{E}{U}d{U}c{A}</think>"
+
+
 @pytest.mark.parametrize(("chat", "variables", "expected"), GOLDEN)
 def test_golden_strings(chat: Chat, variables: dict[str, Any], expected: str) -> None:
     assert render_chat(chat, variables=variables) == expected
