@@ -100,3 +100,22 @@ def test_logits_among_unequal_requests_and_from_the_prefix_cache(name: str) -> N
     page = driver.runner.groups[0].page_size
     assert cached >= 2 * (length - 1) // page * page
     assert driver.scheduler.stats().num_pages_used == 0
+
+
+@pytest.mark.slow
+def test_bfloat16_errs_as_the_published_code_does() -> None:
+    """Weights and activations in bfloat16. There the median of a token's largest error is 0.08, the
+    mean divergence 4e-3, and 95 % of tokens agree; here it is 0.06, 5e-3 and 96 %. No maximum: a
+    near tie of experts or entries changes a token altogether.
+    """
+    data, driver = golden("tinyA"), build_driver("tinyA", dtype="bfloat16")
+    errors, divergences, agreements = [], [], []
+    for text, exact in zip(data["input_ids"], data["logits"].astype(np.float64), strict=True):
+        logits = driver.logits(text.tolist(), [len(text)])
+        errors += np.abs(logits - exact).max(axis=1).tolist()
+        p, q = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (exact, logits))
+        divergences += (np.exp(p) * (p - q)).sum(axis=1).tolist()
+        agreements += (logits.argmax(axis=1) == exact.argmax(axis=1)).tolist()
+    assert np.median(errors) < 0.1
+    assert np.mean(divergences) < 0.01
+    assert np.mean(agreements) > 0.92
