@@ -5,9 +5,12 @@ each token attends to, and whatever the engine does to a request.
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from jengine.models.deepseek_v4 import indexer
+from jengine.pallas_kernels.select_tokens.api import select_tokens
 from jengine.request import Request, SamplingParams
 from tests.oracles.core_pump import CorePump
 from tests.oracles.deepseek_v4 import HEAVY, SLIDING, SPARSE, logits_of, make_deepseek_v4
@@ -55,6 +58,43 @@ def test_logits_match_transformers(name: str, tmp_path: Path) -> None:
         logits = driver.logits(tokens(LENGTH), chunks)
         assert np.abs(logits - expected).max() <= TOLERANCE, chunks
     check_bfloat16(driver.loaded.checkpoint.hf_config)
+
+
+@pytest.mark.slow
+def test_each_token_attends_to_the_entries_that_it_attends_to_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each layer with an indexer; from token 32 on there are more than seven to choose from."""
+    case = CASES["sparse-only"]
+    hf_model = make_deepseek_v4(tmp_path, **case)
+    chosen: list[np.ndarray] = []
+    for layer in hf_model.model.layers:
+        layer.self_attn.compressor.indexer.register_forward_hook(
+            lambda module, args, output: chosen.append(output[0].numpy())
+        )
+    logits_of(hf_model, tokens(LENGTH))
+    seen: list[np.ndarray] = []
+
+    def recording(*args: Any, **kwargs: Any) -> jax.Array:
+        slots_Tk = select_tokens(*args, **kwargs)
+        jax.debug.callback(lambda slots: seen.append(np.asarray(slots)), slots_Tk, ordered=True)
+        return slots_Tk
+
+    monkeypatch.setattr(indexer, "select_tokens", recording)
+    driver = Driver(
+        tmp_path, max_model_len=LENGTH + 5, num_pages=16, max_num_seqs=1,
+        prefill_buckets=(LENGTH,), decode_buckets=(1,), max_num_batched_tokens=LENGTH,
+    )  # fmt: skip
+    driver.logits(tokens(LENGTH), [LENGTH])
+    jax.effects_barrier()
+    assert len(seen) == len(chosen) == len(hf_model.model.layers)
+    first_slot = driver.runner.groups[0].entries_per_page  # pages are 1, 2, ... in order
+    for ours, theirs in zip(seen, chosen, strict=True):
+        for t in range(LENGTH):
+            num_seen = (t + 1) // 4
+            entries = {int(slot) - first_slot for slot in ours[t] if slot >= 0}
+            assert entries == {int(j) for j in theirs[t] if 0 <= j < num_seen}
+            assert len(entries) == min(num_seen, case["index_topk"])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Attention of DeepSeek-V4 (section 2.3): over a window of single tokens and, in most layers, over
+"""Attention of DeepSeek-V4: over a window of single tokens and, in most layers, over
 compressed entries too, in one softmax. A token's or an entry's one vector is the key and the value
 of all heads.
 """

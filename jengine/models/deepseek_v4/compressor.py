@@ -1,4 +1,4 @@
-"""Compressors of DeepSeek-V4 (section 2.3): one vector for every few tokens, in which each channel
+"""Compressors of DeepSeek-V4: one vector for every few tokens, in which each channel
 weighs the tokens by a softmax of its own.
 """
 

@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections (arXiv:2512.24880; DeepSeek-V4, section 2.2): instead of
+"""Manifold-constrained hyper-connections (arXiv:2512.24880): instead of
 one residual stream there are c of them, and each token's own numbers say how a block reads them
 and how they mix.
 

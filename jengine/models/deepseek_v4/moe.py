@@ -1,4 +1,4 @@
-"""Experts of DeepSeek-V4 (section 2.1): a few of many by their scores, in the first layers by the
+"""Experts of DeepSeek-V4: a few of many by their scores, in the first layers by the
 token's id, beside one that sees every token.
 """
 
