@@ -40,7 +40,8 @@ def compress_tokens(
         row_G = pieces.row + i - pieces.offset
         is_mine_G = (i >= pieces.offset) & (i < pieces.offset + pieces.count)
         at_G = jnp.where(is_mine_G, row_G, 0)
-        added = _add(softmax, scores_TUH[at_G], values_TUH[at_G])
+        scores_GUH = scores_TUH[at_G]
+        added = _join(softmax, (scores_GUH, jnp.ones_like(scores_GUH), values_TUH[at_G]))
         mask = is_mine_G[:, None, None]
         return tuple(jnp.where(mask, new, old) for new, old in zip(added, softmax, strict=True))
 
@@ -91,14 +92,8 @@ def _empty(shape: tuple[int, ...]) -> Softmax:
     return jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape), jnp.zeros(shape)
 
 
-def _add(softmax: Softmax, scores: jax.Array, values: jax.Array) -> Softmax:
-    max_, sum_, acc = softmax
-    new_max = jnp.maximum(max_, scores)
-    decay, weight = jnp.exp(max_ - new_max), jnp.exp(scores - new_max)
-    return new_max, sum_ * decay + weight, acc * decay + weight * values
-
-
 def _join(a: Softmax, b: Softmax) -> Softmax:
+    """Over the tokens of both. A token's own has its score, a sum of one, its value."""
     new_max = jnp.maximum(a[0], b[0])
     new_max = jnp.where(jnp.isfinite(new_max), new_max, 0.0)  # both are empty: of padding
     decay_a, decay_b = jnp.exp(a[0] - new_max), jnp.exp(b[0] - new_max)
