@@ -139,6 +139,7 @@ def test_preemption_and_aborts_change_no_token(pump: CorePump, model: tuple[Path
     assert pump.core.stats().num_pages_used == 0
 
 
+@pytest.mark.slow
 def test_prefix_hits_go_on_from_entries_and_states(model: tuple[Path, Any]) -> None:
     """Steps end at 32 and 43 and after each token: a state is found at 32 and where pages of 8 end
     later, at 48."""
