@@ -114,7 +114,7 @@ class CacheConfig:
     device memory.
     """
 
-    page_size: int = 16
+    page_size: int | None = None  # tokens; None: 16, or what the model's entries ask for
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None  # CPU default: 1 GiB, or what is free if less
     num_pages: int | None = None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from jengine.config import EngineConfig
 from jengine.input_processor import TokensPrompt
+from jengine.kv_spec import DEFAULT_PAGE_SIZE
 from jengine.llm import LLM
 from jengine.outputs import CompletionOutput
 from jengine.request import SamplingParams
@@ -124,7 +125,7 @@ def num_preemptions(llm: LLM) -> int:
 
 
 def _engines(config: EngineConfig) -> Iterator[tuple[str, EngineConfig]]:
-    scheduler, page_size = config.scheduler, config.cache.page_size
+    scheduler, page_size = config.scheduler, config.cache.page_size or DEFAULT_PAGE_SIZE
     yield "as configured", config
     yield (
         "small chunks, no planning ahead",

@@ -143,7 +143,7 @@ class EngineCore:
             CoreReady(
                 protocol_version=PROTOCOL_VERSION,
                 num_pages=self.scheduler.stats().num_pages_total,
-                page_size=config.cache.page_size,
+                page_size=self.runner.groups[0].page_size,
                 max_model_len=self.runner.max_model_len,
                 vocab_size=self.runner.vocab_size,
                 memory_plan=self._memory_table(),

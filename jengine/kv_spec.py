@@ -1,10 +1,11 @@
 """What one layer stores for a request, and which layers share page tables. Pure data: no jax, no
 ownership.
 
-Layers declare a `KVSpec`; layers with equal specs form a `KVGroup`; a request holds one page table
-per group.
+Layers declare a `KVSpec`, or several where they keep things of several kinds; equal specs form a
+`KVGroup`; a request holds one page table per group.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +23,7 @@ class KVKind(StrEnum):
 
 STATE_LOOKBACK = 2  # a token starts from the state that the one before it left
 MAX_LIVE_STATES = 2  # of a request: the one that its step reads, and the one that it leaves
+DEFAULT_PAGE_SIZE = 16  # tokens; more where an entry stands for more
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,10 @@ class KVSpec:
     ended.
 
     `window` counts the tokens a query may read, itself included (Hugging Face `sliding_window`).
+
+    With `tokens_per_entry` > 1 an entry stands for so many tokens at once, aligned to that number:
+    it is written with the last of them, and what a page holds of it depends on them and the tokens
+    before them. Pages hold whole entries, so whatever is true of a page's tokens is of its entries.
     """
 
     kind: KVKind
@@ -38,12 +44,17 @@ class KVSpec:
     dtype: str
     itemsize: int
     window: int | None = None
+    tokens_per_entry: int = 1
 
     def __post_init__(self) -> None:
         if (self.kind is KVKind.SLIDING_WINDOW) != (self.window is not None):
             raise ValueError("window is given exactly for sliding-window layers")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be >= 1, got {self.window}")
+        if self.tokens_per_entry < 1:
+            raise ValueError(f"tokens_per_entry must be >= 1, got {self.tokens_per_entry}")
+        if self.is_state and self.tokens_per_entry > 1:
+            raise ValueError("tokens_per_entry is not for states: one stands for all tokens")
 
     @property
     def is_state(self) -> bool:
@@ -70,17 +81,27 @@ class KVGroup:
     layers: tuple[int, ...]
     page_size: int
 
+    def __post_init__(self) -> None:
+        if self.page_size % self.spec.tokens_per_entry:
+            raise ValueError(
+                f"page_size must be a multiple of {self.spec.tokens_per_entry}, the tokens that "
+                f"one entry of this model's cache stands for, got {self.page_size}"
+            )
+
+    @property
+    def entries_per_page(self) -> int:
+        return 1 if self.spec.is_state else self.page_size // self.spec.tokens_per_entry
+
     @property
     def page_shape(self) -> tuple[int, ...]:
         """Of one page, in one layer."""
         shape = self.spec.entry_shape
-        return shape if self.spec.is_state else (self.page_size, *shape)
+        return shape if self.spec.is_state else (self.entries_per_page, *shape)
 
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers of the group."""
-        entries = 1 if self.spec.is_state else self.page_size
-        return self.spec.bytes_per_entry * entries * len(self.layers)
+        return self.spec.bytes_per_entry * self.entries_per_page * len(self.layers)
 
     def max_pages(self, num_tokens: int, max_chunk: int) -> int:
         """Most pages one request of `num_tokens` holds at once when at most `max_chunk` tokens run
@@ -95,10 +116,15 @@ class KVGroup:
         return min(pages, -(-live // self.page_size) + 1)
 
 
-def build_groups(specs: Sequence[KVSpec], page_size: int) -> tuple[KVGroup, ...]:
+def build_groups(specs: Sequence[KVSpec], page_size: int | None = None) -> tuple[KVGroup, ...]:
     """Group the layers of a model by equal spec, in order of first appearance, states last: the
     first group's pages are what a number of pages counts.
+
+    `page_size` in tokens; None: `DEFAULT_PAGE_SIZE`, or its least multiple whose pages hold whole
+    entries. Raises `ValueError` if those of a given size do not.
     """
+    if page_size is None:
+        page_size = math.lcm(DEFAULT_PAGE_SIZE, *(spec.tokens_per_entry for spec in specs))
     layers_of: dict[KVSpec, list[int]] = {}
     for layer, spec in enumerate(specs):
         layers_of.setdefault(spec, []).append(layer)

@@ -26,7 +26,9 @@ class AttentionMetadata:
     num_tokens: jax.Array  # i32[]; real tokens, the rest is padding
     num_seqs: jax.Array  # i32[]
     page_tables: tuple[jax.Array, ...]  # per group, i32[S, pages_per_seq]
-    slots: tuple[jax.Array, ...]  # per group, i32[T], of states i32[2, S]; negative: nowhere
+    # per group, i32[T]: where the entry lies that the token completes; of states i32[2, S].
+    # Negative: nowhere
+    slots: tuple[jax.Array, ...]
     group_of_layer: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     is_decode: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -87,11 +89,17 @@ def slot_mapping(
     positions_T: jax.Array,
     num_tokens: jax.Array,
     page_size: int,
+    tokens_per_entry: int = 1,
 ) -> jax.Array:
-    """i32[T]: slot = page_id * page_size + offset of each new token, -1 for padding."""
+    """i32[T]: slot = page_id * page_size + offset of each new token, -1 for padding. With more
+    `tokens_per_entry` than one both are counted in entries, and tokens that complete none have -1.
+    """
     pages = page_table_SM[seq_ids_T, positions_T // page_size]
     is_real = jnp.arange(positions_T.shape[0], dtype=jnp.int32) < num_tokens
-    return jnp.where(is_real, pages * page_size + positions_T % page_size, -1)
+    entries_per_page = page_size // tokens_per_entry
+    slots = pages * entries_per_page + positions_T % page_size // tokens_per_entry
+    is_last = positions_T % tokens_per_entry == tokens_per_entry - 1
+    return jnp.where(is_real & is_last, slots, -1)
 
 
 def state_slots(

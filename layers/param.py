@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Initializer = Literal["normal", "ones", "zeros"]
+Initializer = Literal["normal", "ones", "zeros", "columns"]  # columns: an index along the last axis
 Size = int | tuple[int, ...]
 DUMMY_STD = 0.02
 

@@ -211,13 +211,17 @@ class TextPart(msgspec.Struct):
 
 
 class Message(msgspec.Struct):
-    """A turn of a conversation. Templates of tool-calling models read the last two fields."""
+    """A turn of a conversation. Templates of models that call tools or reason read the last four
+    fields.
+    """
 
     role: str
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
     def render(self, index: int) -> dict[str, Any]:
         """As templates take it: text parts joined by line breaks."""
@@ -231,7 +235,7 @@ class Message(msgspec.Struct):
                     )
             content = "\n".join(part.text or "" for part in content)
         result: dict[str, Any] = {"role": self.role, "content": content or ""}
-        for name in ("name", "tool_call_id", "tool_calls"):
+        for name in ("name", "tool_call_id", "tool_calls", "reasoning", "reasoning_content"):
             if (value := getattr(self, name)) is not None:
                 result[name] = value
         return result
@@ -255,6 +259,7 @@ class ChatRequest(SamplingRequest, kw_only=True):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
@@ -313,7 +318,9 @@ class ChatRequest(SamplingRequest, kw_only=True):
         open_turn = self.add_generation_prompt
         if open_turn is None:
             open_turn = not self.continue_final_message
+        effort = self.reasoning_effort
         arguments: dict[str, Any] = {
+            **({} if effort is None else {"reasoning_effort": effort}),
             **(self.chat_template_kwargs or {}),
             "add_generation_prompt": open_turn,
             "continue_final_message": self.continue_final_message,

@@ -16,15 +16,16 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+DTYPES = {**FLOAT_DTYPES, "int32": np.dtype(np.int32)}  # int32: of tables
 
 
 def numpy_dtype(name: str) -> np.dtype:
     """The host dtype of a parameter."""
-    if name not in FLOAT_DTYPES:
+    if name not in DTYPES:
         raise LoadError(
-            f"parameters of dtype {name!r} cannot be loaded; known: {', '.join(FLOAT_DTYPES)}"
+            f"parameters of dtype {name!r} cannot be loaded; known: {', '.join(DTYPES)}"
         )
-    return FLOAT_DTYPES[name]
+    return DTYPES[name]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -37,8 +38,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def cast_into(out: np.ndarray, value: np.ndarray, name: str) -> None:
     """Write `value` to `out`, rounding to nearest even. A finite number that float16 cannot hold is
-    an error.
+    an error, and so are integers where weights belong, or the other way round: packed weights of
+    a format that nobody has unpacked.
     """
+    if (value.dtype.kind in "iu") != (out.dtype.kind in "iu"):
+        raise LoadError(f"tensor {name!r} has dtype {value.dtype}, which is no {out.dtype}")
     with np.errstate(over="ignore"):
         out[...] = value
     # bfloat16 has float32's range, but weights beyond 65504 would become infinite in float16.

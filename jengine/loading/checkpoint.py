@@ -12,6 +12,7 @@ import numpy as np
 
 from jengine.config import LoadFormat, ModelArgs
 from jengine.errors import LoadError, ModelNotFoundError
+from jengine.loading.block_scales import BlockScaledSource, has_block_scales
 from jengine.loading.gguf_config import generation_config_from_gguf, hf_config_from_gguf
 from jengine.loading.gguf_source import GGUFFile, GGUFSource
 from jengine.loading.hub import fetch_from_hub, is_hub_id
@@ -89,6 +90,8 @@ def open_checkpoint(args: ModelArgs) -> Checkpoint:
     tensors = None if is_dummy else _open_safetensors(path, args.load_format)
     if tensors is not None and is_mxfp4(config):
         tensors = Mxfp4Source(tensors)
+    elif tensors is not None and has_block_scales(config):
+        tensors = BlockScaledSource(tensors)
     return Checkpoint(
         name=args.model,
         hf_config={**config, **args.hf_overrides},

@@ -107,6 +107,8 @@ def _jitted(
     def draw(key_data: jax.Array) -> jax.Array:
         if init == "normal":
             return _normal(key_data, shape, jnp.dtype(dtype))
+        if init == "columns":
+            return jax.lax.broadcasted_iota(jnp.dtype(dtype), shape, len(shape) - 1)
         return jnp.full(shape, 1 if init == "ones" else 0, jnp.dtype(dtype))
 
     if cut is None:

@@ -150,11 +150,11 @@ class Reader:
         column = columns[0][0] if is_cut and len(columns[0]) == 1 else None
         for start in range(rows.start, rows.stop, step):
             chunk = slice(start, min(start + step, rows.stop))
-            if column is not None:
-                value = self._tensors.read(fill.source, chunk, column)
-            else:
-                value = _take(self._tensors.read(fill.source, chunk), columns)
+            value = self._tensors.read(fill.source, chunk, column)
+            if column is None:
+                value = _take(value, columns)
             cast_into(out[start - rows.start : chunk.stop - rows.start], value, fill.source)
+            del value  # else two chunks would be in memory
 
     def _transform(self, fill: Fill) -> np.ndarray:
         assert fill.rule.transform is not None

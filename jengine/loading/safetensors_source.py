@@ -1,11 +1,12 @@
 """Tensors of a Hugging Face folder: one safetensors file, or several with an index."""
 
 import json
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (safetensors makes bfloat16 arrays only once it is imported)
+import ml_dtypes  # safetensors makes bfloat16 arrays only once it is imported
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -13,7 +14,9 @@ from jengine.errors import LoadError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = ("F64", "F32", "F16", "BF16", "U8")  # bytes: what another source unpacks (mxfp4.py)
+FLOAT8_DTYPES = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
+# Bytes and those of eight bits: what another source unpacks (mxfp4.py, block_scales.py).
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "I8", *FLOAT8_DTYPES)
 
 
 class SafetensorsSource:
@@ -68,12 +71,41 @@ def _files(folder: Path) -> dict[Path, set[str]]:
     return files
 
 
+class _Float8Slice:
+    """In the place of safetensors' own slices, which cannot make such arrays."""
+
+    def __init__(self, file: Path, kind: str, shape: Sequence[int], start: int) -> None:
+        self._file, self._kind, self._shape, self._start = file, kind, tuple(shape), start
+
+    def get_dtype(self) -> str:
+        return self._kind
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        mapped = np.memmap(self._file, np.uint8, "r", self._start, self._shape)
+        return np.array(mapped[rows]).view(FLOAT8_DTYPES[self._kind])
+
+
+def _float8_slices(file: Path) -> dict[str, _Float8Slice]:
+    """Of those tensors of a valid file that need one, from its header."""
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(size))
+    return {
+        name: _Float8Slice(file, part["dtype"], part["shape"], 8 + size + part["data_offsets"][0])
+        for name, part in header.items()
+        if part.get("dtype") in FLOAT8_DTYPES
+    }
+
+
 def _open(file: Path) -> dict[str, Any]:
     """Name -> lazy slice. The slices keep the file mapped."""
     try:
         handle = safe_open(file, framework="np")
         names = handle.keys()
-        return {name: handle.get_slice(name) for name in names}
+        return {name: handle.get_slice(name) for name in names} | _float8_slices(file)
     except FileNotFoundError:
         raise LoadError(f"{file} is missing") from None
     except (SafetensorError, OSError) as error:

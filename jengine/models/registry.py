@@ -27,6 +27,8 @@ ARCHITECTURES: dict[str, str] = {
     "DeepseekV2ForCausalLM": "jengine.models.deepseek_v2:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": "jengine.models.deepseek_v3:DeepseekV3ForCausalLM",
     "DeepseekV32ForCausalLM": "jengine.models.deepseek_v32:DeepseekV32ForCausalLM",
+    "DeepseekV4ForCausalLM": "jengine.models.deepseek_v4.model:DeepseekV4ForCausalLM",
+    "DeepseekV4MTPForCausalLM": "jengine.models.deepseek_v4.mtp:DeepseekV4MTPForCausalLM",
     "GlmMoeDsaForCausalLM": "jengine.models.deepseek_v32:GlmMoeDsaForCausalLM",
     "KimiK2ForCausalLM": "jengine.models.deepseek_v3:DeepseekV3ForCausalLM",
     "Gemma2ForCausalLM": "jengine.models.gemma2:Gemma2ForCausalLM",

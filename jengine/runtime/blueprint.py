@@ -131,7 +131,7 @@ def draw_blueprint(
     )
     if model.split.data > 1:  # which could not agree on a number
         max_steps = 1
-    layouts = {b: _layout(config, model, len(groups), max_steps, b) for b in buckets}
+    layouts = {b: _layout(config, model, groups, max_steps, b) for b in buckets}
     some = layouts[buckets[0]]
     table = ProgramTable(
         spec=_step_spec(config, model, groups),
@@ -240,13 +240,17 @@ def _step_spec(
 
 
 def _layout(
-    config: EngineConfig, model: ModelDefinition, num_groups: int, max_steps: int, bucket: Bucket
+    config: EngineConfig,
+    model: ModelDefinition,
+    groups: tuple[KVGroup, ...],
+    max_steps: int,
+    bucket: Bucket,
 ) -> BatchLayout:
     return BatchLayout(
         num_tokens=bucket.num_tokens,
         num_seqs=bucket.num_seqs,
-        num_groups=num_groups,
-        pages_per_seq=-(-model.max_model_len // config.cache.page_size),
+        num_groups=len(groups),
+        pages_per_seq=-(-model.max_model_len // groups[0].page_size),
         num_rows=config.scheduler.max_num_seqs,
         vocab_size=model.cfg.vocab_size,
         max_steps=max_steps if bucket.is_decode else 1,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jengine.layers.attention import AttentionMetadata
+from jengine.layers.attention import AttentionMetadata, slot_mapping
 from jengine.runtime.step import StepSpec
 
 
@@ -26,17 +26,29 @@ def build_forward(
         num_pages = -(-T // page_size)
         positions_T = jnp.arange(T, dtype=jnp.int32)
         table_SM = jnp.arange(1, num_pages + 1, dtype=jnp.int32)[None, :]
-        slots_T = jnp.where(positions_T < num_tokens, positions_T + page_size, -1)
+        seq_ids_T = jnp.zeros_like(positions_T)
         first_slots_2S = jnp.array([[-1], [1]], jnp.int32)  # from no state to that of page 1
         metadata = AttentionMetadata(
             positions=positions_T,
-            seq_ids=jnp.zeros_like(positions_T),
+            seq_ids=seq_ids_T,
             cu_q_lens=jnp.stack([jnp.zeros_like(num_tokens), num_tokens]),
             kv_lens=num_tokens[None],
             num_tokens=num_tokens,
             num_seqs=jnp.int32(1),
             page_tables=(table_SM,) * len(groups),
-            slots=tuple(first_slots_2S if group.spec.is_state else slots_T for group in groups),
+            slots=tuple(
+                first_slots_2S
+                if group.spec.is_state
+                else slot_mapping(
+                    table_SM,
+                    seq_ids_T,
+                    positions_T,
+                    num_tokens,
+                    page_size,
+                    group.spec.tokens_per_entry,
+                )
+                for group in groups
+            ),
             group_of_layer=spec.group_of_layer,
         )
         num_used = [2 if group.spec.is_state else num_pages + 1 for group in groups]

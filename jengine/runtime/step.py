@@ -164,7 +164,14 @@ def attention_metadata(
     slots = tuple(
         state_slots(table, batch.cu_q_lens, batch.kv_lens, page_size)
         if group.spec.is_state
-        else slot_mapping(table, batch.seq_ids, batch.positions, batch.num_tokens, page_size)
+        else slot_mapping(
+            table,
+            batch.seq_ids,
+            batch.positions,
+            batch.num_tokens,
+            page_size,
+            group.spec.tokens_per_entry,
+        )
         for group, table in zip(spec.groups, tables, strict=True)
     )
     return AttentionMetadata(

@@ -3,7 +3,7 @@ tests, never imported.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Self
 import tokenizers
 
 from jengine.errors import InvalidRequestError, LoadError
+from jengine.text import deepseek_v4_chat
 from jengine.text.chat_template import render_chat
 from jengine.text.gguf_tokenizer import build_from_gguf
 from jengine.text.pieces import TokenPieces
@@ -31,6 +32,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 DEFAULT_TEMPLATE = "default"
 TOOL_TEMPLATE = "tool_use"
+# By `model_type`: what renders conversations of models that come without a template.
+CHAT_ENCODERS: Mapping[str, Callable[..., str]] = {"deepseek_v4": deepseek_v4_chat.render_chat}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class TokenizerParts:
     special_tokens: dict[str, str]  # of SPECIAL_NAMES
     templates: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # the rest of tokenizer_config.json
+    model_type: str = ""  # of config.json beside it
 
 
 class Tokenizer:
@@ -51,6 +55,7 @@ class Tokenizer:
         self.special_tokens = dict(parts.special_tokens)
         self.templates = dict(parts.templates)
         self._config = parts.config
+        self._chat_encoder = CHAT_ENCODERS.get(parts.model_type)
         self.vocab_size = parts.backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
@@ -123,15 +128,15 @@ class Tokenizer:
         `chat_template` is a template or the name of one of the model's. `kwargs` become template
         variables.
         """
-        template = self._choose_template(chat_template, tools)
-        return render_chat(
-            template,
-            messages,
+        options: dict[str, Any] = dict(
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables={**self.special_tokens, **kwargs},
         )
+        if chat_template is None and not self.templates and self._chat_encoder is not None:
+            return self._chat_encoder(messages, **options)
+        return render_chat(self._choose_template(chat_template, tools), messages, **options)
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face tokenizer folder, also if the tokenizer came from a GGUF file."""
@@ -214,6 +219,7 @@ def _parts_of_folder(folder: Path) -> TokenizerParts:
         special_tokens=specials,
         templates=_templates_of_folder(folder, config),
         config={k: v for k, v in config.items() if k not in ("chat_template", *SPECIAL_NAMES)},
+        model_type=str(_read_object(folder / "config.json").get("model_type") or ""),
     )
 
 

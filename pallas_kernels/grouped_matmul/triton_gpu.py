@@ -80,6 +80,8 @@ def expert_parts(
         raise NotImplementedError(f"{dtype} times {gate_up_EFD.dtype} and {down_EDF.dtype}")
     if D % UNIT or F % UNIT:
         raise NotImplementedError(f"widths {D}, {F}: must be multiples of {UNIT}")
+    if activation is not None and activation.up_offset != 1.0:
+        raise NotImplementedError(f"{activation}: the kernel adds 1 to up")
     require_cuda()
     from jengine.pallas_kernels.grouped_matmul.triton_kernels import (
         down_of_experts,

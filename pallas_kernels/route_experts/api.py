@@ -1,4 +1,6 @@
-"""`route`, `route_grouped`: a token's few experts and their weights, from the router's logits."""
+"""`route`, `route_grouped`, `route_given`: a token's few experts and their weights, from the
+router's logits.
+"""
 
 import jax
 
@@ -6,9 +8,10 @@ from jengine.pallas_kernels.dispatch import first_of
 from jengine.pallas_kernels.route_experts import reference, triton_gpu
 from jengine.pallas_kernels.route_experts.grouped import GroupedRouting
 
-__all__ = ["GroupedRouting", "route", "route_grouped"]
+__all__ = ["GroupedRouting", "route", "route_given", "route_grouped"]
 
 _route = first_of(triton_gpu.route, reference.route)
+_route_given = first_of(reference.route_given)
 _route_grouped = first_of(triton_gpu.route_grouped, reference.route_grouped)
 
 
@@ -33,3 +36,10 @@ def route_grouped(
     A group counts as much as its best expert, or with a bias its best two together.
     """
     return _route_grouped(logits_TE, bias_E, top_k, routing, renormalise=renormalise)
+
+
+def route_given(
+    logits_TE: jax.Array, ids_Tk: jax.Array, routing: GroupedRouting, *, renormalise: bool
+) -> jax.Array:
+    """f32 [T, k]: the weights that `route_grouped` gives to these experts, chosen otherwise."""
+    return _route_given(logits_TE, ids_Tk, routing, renormalise=renormalise)

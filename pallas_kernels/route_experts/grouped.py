@@ -8,7 +8,7 @@ from typing import Literal
 class GroupedRouting:
     """DeepSeek's choice of experts: those of the few best groups only (arXiv:2405.04434)."""
 
-    scoring: Literal["softmax", "sigmoid"]
+    scoring: Literal["softmax", "sigmoid", "sqrtsoftplus"]
     num_groups: int = 1
     top_groups: int = 1
     scale: float = 1.0  # of the weights, in the end

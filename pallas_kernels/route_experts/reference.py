@@ -22,19 +22,36 @@ def route_grouped(
     *,
     renormalise: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    if routing.scoring == "sigmoid":
-        scores_TE = jax.nn.sigmoid(logits_TE)
-    else:
-        powers_TE = jnp.exp(logits_TE - top_k_rows(logits_TE, 1)[0])
-        scores_TE = powers_TE / _row_sums(powers_TE)
+    scores_TE = _scores(logits_TE, routing)
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E[None, :]
     if routing.top_groups < routing.num_groups:
         choice_TE = _best_groups_only(choice_TE, routing, best=1 if bias_E is None else 2)
     _, ids_Tk = top_k_rows(choice_TE, top_k)
+    return ids_Tk, _weights(scores_TE, ids_Tk, routing, renormalise)
+
+
+def route_given(
+    logits_TE: jax.Array, ids_Tk: jax.Array, routing: GroupedRouting, *, renormalise: bool
+) -> jax.Array:
+    return _weights(_scores(logits_TE, routing), ids_Tk, routing, renormalise)
+
+
+def _scores(logits_TE: jax.Array, routing: GroupedRouting) -> jax.Array:
+    if routing.scoring == "sigmoid":
+        return jax.nn.sigmoid(logits_TE)
+    if routing.scoring == "sqrtsoftplus":
+        return jnp.sqrt(jax.nn.softplus(logits_TE))
+    powers_TE = jnp.exp(logits_TE - top_k_rows(logits_TE, 1)[0])
+    return powers_TE / _row_sums(powers_TE)
+
+
+def _weights(
+    scores_TE: jax.Array, ids_Tk: jax.Array, routing: GroupedRouting, renormalise: bool
+) -> jax.Array:
     weights_Tk = jnp.take_along_axis(scores_TE, ids_Tk, axis=1)
     if renormalise:
         weights_Tk = weights_Tk / (_row_sums(weights_Tk) + 1e-20)
-    return ids_Tk, weights_Tk * routing.scale
+    return weights_Tk * routing.scale
 
 
 def _best_groups_only(choice_TE: jax.Array, routing: GroupedRouting, best: int) -> jax.Array:

@@ -26,6 +26,8 @@ def route_grouped(
     T, E = logits_TE.shape
     if routing.top_groups < routing.num_groups or E > MAX_EXPERTS or logits_TE.dtype != jnp.float32:
         raise NotImplementedError(f"{routing.num_groups} groups, {E} experts")
+    if routing.scoring == "sqrtsoftplus":
+        raise NotImplementedError("the kernel scores by softmax or sigmoid")
     require_cuda()
     from jengine.pallas_kernels.route_experts.triton_kernels import choose_experts
 

@@ -21,6 +21,7 @@ def select_tokens(
     *,
     top_k: int,
     scale: float,
+    tokens_per_entry: int = 1,
 ) -> jax.Array:
     """Return the slots i32[T, k] of the tokens that each query attends to, in the order of their
     positions, then -1; k is `top_k`, or what a page table can hold if that is less.
@@ -29,6 +30,11 @@ def select_tokens(
     `sum_j weights[j] * relu(q[j].key * scale)`; of equal scores the earlier token is taken. A query
     at position p chooses from `0..p`, and takes all of them while p < k. Batch and pages are as in
     `mla_attention`: nothing but the index keys of contexts is read, unused slots may hold NaN.
+
+    With more `tokens_per_entry` than one (DeepSeek-V4's compressed entries) the pages hold an entry
+    for so many tokens, and a query at position p chooses from those that are complete by then,
+    entries `0..(p + 1) // tokens_per_entry - 1`. There may be none. Lengths count tokens all the
+    same.
 
     Scores are float32. Rows past the last token are unspecified. A row depends on its own sequence
     only, not on T, S, its neighbours or how the prompt was cut into chunks.
@@ -43,4 +49,5 @@ def select_tokens(
         num_seqs,
         top_k=top_k,
         scale=scale,
+        tokens_per_entry=tokens_per_entry,
     )

@@ -37,12 +37,15 @@ class Case:
     page_dtype: str = "float32"
     # Of this many values only: many scores are equal, exact in any order of summation
     values: tuple[float, ...] = field(default=())
+    tokens_per_entry: int = 1
 
     def build(self, seed: int = 0) -> Inputs:
         """Pages are shuffled; all that may not be read holds NaN."""
+        lens = tuple((new, length // self.tokens_per_entry) for new, length in self.lens)
         shape = latents.Case(
-            self.lens, self.heads, self.other_dim, self.dim, self.page_size
+            lens, self.heads, self.other_dim, self.dim, self.page_size
         ).build(seed)  # fmt: skip
+        shape.kv_lens_S[: len(lens)] = [length for _, length in self.lens]
         rng = np.random.default_rng(seed + 1)
         T = shape.q_TNE.shape[0]
         q = rng.standard_normal((T, self.heads, self.dim), np.float32)
@@ -71,4 +74,6 @@ CASES = (
     Case(((9, 140), (1, 129)), top_k=5, heads=3, dim=24, other_dim=7, page_size=8),
     Case(((3, 600),), top_k=33, page_size=256),
     Case(tuple((1, n) for n in range(1, 40, 3)), top_k=12, heads=64, dim=128),
+    Case(((9, 9), (1, 3), (1, 4), (130, 300), (1, 77), (2, 1025)), top_k=6, tokens_per_entry=4),
+    Case(((300, 300), (1, 127), (1, 128)), top_k=2, page_size=2, tokens_per_entry=128),
 )

@@ -46,6 +46,7 @@ def select_tokens(
     *,
     top_k: int,
     scale: float,
+    tokens_per_entry: int = 1,
 ) -> jax.Array:
     T = q_TJX.shape[0]
     sizes = Sizes.of(pages_PBE.shape[1], page_table_SM.shape[1], top_k)
@@ -64,7 +65,7 @@ def select_tokens(
             # it.
             slots_Tk, ranks_QL = carry
             at, first = start + i * QUERY_TILE, kv_len - q_len + i * QUERY_TILE
-            end = jnp.minimum(first + QUERY_TILE, kv_len)
+            end = lax.div(jnp.minimum(first + QUERY_TILE, kv_len), jnp.int32(tokens_per_entry))
             is_chosen_from = end > sizes.top_k
             q_QJX, weights_QJ = (
                 lax.dynamic_slice_in_dim(x, at, QUERY_TILE) for x in (q_TJX, weights_TJ)
@@ -73,7 +74,8 @@ def select_tokens(
                 q_QJX, weights_QJ, pages_PBE, table_M, ranks_QL,
                 jnp.where(is_chosen_from, end, 0), scale, sizes,
             )  # fmt: skip
-            last_Q = jnp.minimum(first + lax.iota(jnp.int32, QUERY_TILE), kv_len - 1)
+            position_Q = jnp.minimum(first + lax.iota(jnp.int32, QUERY_TILE), kv_len - 1)
+            last_Q = lax.div(position_Q + 1, jnp.int32(tokens_per_entry)) - 1
             new_Qk = _choose(ranks_QL, table_M, last_Q, end, is_chosen_from, sizes)
             return lax.dynamic_update_slice_in_dim(slots_Tk, new_Qk, at, 0), ranks_QL
 

@@ -19,21 +19,45 @@ def sparse_mla_attention(
     scale: float,
 ) -> jax.Array:
     T, N, _ = q_TNE.shape
-    # Dynamic slices clamp at the end of the array and would shift: pad so that none reaches it.
-    slots_Tk = jnp.pad(slots_Tk, ((0, 0), (0, -slots_Tk.shape[1] % SLOT_BLOCK)), constant_values=-1)
+    slots_Tk = pad_slots(slots_Tk)
 
     def run_token(t: jax.Array, out_TNC: jax.Array) -> jax.Array:
-        out_NC = _attend(q_TNE[t], pages_PBE, slots_Tk[t], value_dim, scale)
+        empty = empty_softmax(N, value_dim)
+        _, sum_N, acc_NV = accumulate(
+            empty, q_TNE[t], pages_PBE, slots_Tk[t], value_dim=value_dim, scale=scale
+        )
+        out_NC = (acc_NV / jnp.where(sum_N == 0.0, 1.0, sum_N)[:, None]).astype(q_TNE.dtype)
         return lax.dynamic_update_slice_in_dim(out_TNC, out_NC[None], t, 0)
 
     num_rows = jnp.minimum(jnp.asarray(num_tokens, jnp.int32), T)
     return lax.fori_loop(0, num_rows, run_token, jnp.zeros((T, N, value_dim), q_TNE.dtype))
 
 
-def _attend(
-    q_NE: jax.Array, pages_PBE: jax.Array, slots_k: jax.Array, value_dim: int, scale: float
-) -> jax.Array:
-    (N, E), B, C = q_NE.shape, pages_PBE.shape[1], SLOT_BLOCK
+# Of each head: its largest score, the sum of weights relative to it, the weighted sum of values.
+Softmax = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def empty_softmax(num_heads: int, value_dim: int) -> Softmax:
+    zeros_N = jnp.zeros((num_heads,))
+    return jnp.full((num_heads,), -jnp.inf), zeros_N, jnp.zeros((num_heads, value_dim))
+
+
+def pad_slots(slots_Tk: jax.Array) -> jax.Array:
+    """To whole blocks: dynamic slices clamp at the end of the array and would shift."""
+    return jnp.pad(slots_Tk, ((0, 0), (0, -slots_Tk.shape[1] % SLOT_BLOCK)), constant_values=-1)
+
+
+def accumulate(
+    carry: Softmax,
+    q_NE: jax.Array,
+    pages_PBE: jax.Array,
+    slots_k: jax.Array,
+    *,
+    value_dim: int,
+    scale: float,
+) -> Softmax:
+    """The softmax over the entries at `slots` as well."""
+    E, B, C = q_NE.shape[1], pages_PBE.shape[1], SLOT_BLOCK
     dtype = q_NE.dtype if q_NE.dtype == pages_PBE.dtype else jnp.dtype(jnp.float32)
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None  # not TF32
 
@@ -64,7 +88,5 @@ def _attend(
         return new_max_N, sum_N * decay_N + p_NC.sum(axis=-1), acc_NV * decay_N[:, None] + pv_NV
 
     num_used = jnp.sum(slots_k >= 0, dtype=jnp.int32)
-    carry = (jnp.full((N,), -jnp.inf), jnp.zeros((N,)), jnp.zeros((N, value_dim)))
     num_blocks = lax.div(num_used + (C - 1), jnp.int32(C))
-    _, sum_N, acc_NV = lax.fori_loop(0, num_blocks, step, carry)
-    return (acc_NV / jnp.where(sum_N == 0.0, 1.0, sum_N)[:, None]).astype(q_NE.dtype)
+    return lax.fori_loop(0, num_blocks, step, carry)

@@ -1,6 +1,8 @@
 """Small KV managers and requests for the tests of jengine.core."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from jengine.core.kv_manager import KVManager
@@ -9,7 +11,22 @@ from jengine.kv_spec import KVGroup, KVKind, KVSpec, build_groups
 from jengine.request import Request, SamplingParams
 
 EOS = 0
-Window: TypeAlias = int | Literal["state"] | None  # of a layer; "state": it keeps a state instead
+
+
+@dataclass(frozen=True)
+class Every:
+    """A layer that keeps one entry for so many tokens, and reads all that are complete."""
+
+    num_tokens: int
+
+
+# Of a layer; "state": it keeps a state instead
+Window: TypeAlias = int | Literal["state"] | Every | None
+
+
+def tokens_of_whole_entries(windows: Sequence[Window]) -> int:
+    """Pages of such sizes hold whole entries of every layer."""
+    return math.lcm(*(window.num_tokens for window in windows if isinstance(window, Every)))
 
 
 def make_groups(windows: Sequence[Window], page_size: int) -> tuple[KVGroup, ...]:
@@ -20,6 +37,8 @@ def make_groups(windows: Sequence[Window], page_size: int) -> tuple[KVGroup, ...
 def _spec(window: Window) -> KVSpec:
     if window == "state":
         return KVSpec(KVKind.STATE, (8,), "float32", 4)
+    if isinstance(window, Every):
+        return KVSpec(KVKind.MLA, (2,), "float32", 4, tokens_per_entry=window.num_tokens)
     kind = KVKind.FULL if window is None else KVKind.SLIDING_WINDOW
     return KVSpec(kind, (2, 1, 1), "float32", 4, window)
 

@@ -6,8 +6,9 @@ values of every token in the step before any of them reads, and steps run in dis
 of the second layer and above depend on the whole visible prefix, so a page that belongs to another
 prefix, was overwritten too early, or was never written changes the tokens (or raises KeyError).
 
-A layer of states folds its tokens into one value, which it reads where the token before the step
-left it. All states of a step are read before any is written.
+A layer with several tokens an entry writes for the last of them only, and a token reads every
+entry that is complete by then. A layer of states folds its tokens into one value, which it reads
+where the token before the step left it. All states of a step are read before any is written.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from msgspec import structs
 from jengine.core.page_pool import NULL_PAGE
 from jengine.core.plan import ScheduledRequest, StepPlan, StepResult
 from jengine.kv_spec import KVGroup
-from tests.core.factories import Window
+from tests.core.factories import Every, Window
 
 VOCAB = 29
 
@@ -35,6 +36,11 @@ def naive_tokens(windows: Sequence[Window], prompt: Sequence[int], num_tokens: i
         for window, layer in zip(windows, values, strict=True):
             if window == "state":
                 layer[:] = [mix(*layer, hidden, position)]
+                hidden = mix(hidden, *layer)
+                continue
+            if isinstance(window, Every):
+                if (position + 1) % window.num_tokens == 0:
+                    layer.append(mix(hidden, position))
                 hidden = mix(hidden, *layer)
                 continue
             layer.append(mix(hidden, position))
@@ -76,8 +82,9 @@ class FakeDevice:
             for entry, values in zip(scheduled, hidden, strict=True):
                 for i, value in enumerate(values):
                     position = entry.start + i
-                    slot = self._slot(entry, layer, group, position)
-                    self._memory[slot] = mix(value, position)
+                    if (position + 1) % self._groups[group].spec.tokens_per_entry == 0:
+                        slot = self._slot(entry, layer, group, position)
+                        self._memory[slot] = mix(value, position)
             hidden = [
                 [
                     mix(value, *self._read(entry, layer, group, entry.start + i))
@@ -134,9 +141,12 @@ class FakeDevice:
         return known
 
     def _read(self, entry: ScheduledRequest, layer: int, group: int, position: int) -> list[int]:
-        first = _first_read(position, self._groups[group].spec.window)
+        spec = self._groups[group].spec
+        first, every = _first_read(position, spec.window), spec.tokens_per_entry
         return [
-            self._memory[self._slot(entry, layer, group, p)] for p in range(first, position + 1)
+            self._memory[self._slot(entry, layer, group, p)]
+            for p in range(first, position + 1)
+            if (p + 1) % every == 0
         ]
 
     def _slot(
@@ -145,7 +155,7 @@ class FakeDevice:
         index, offset = divmod(position, self._page_size)
         page = entry.page_tables[group][index]
         assert page != NULL_PAGE, "the null page is read or written"
-        return layer, page, offset
+        return layer, page, offset // self._groups[group].spec.tokens_per_entry
 
 
 def _first_read(position: int, window: int | None) -> int:

@@ -348,3 +348,16 @@ def test_pieces_are_cut_from_the_sources() -> None:
     check("down", everything, (slice(0, 2), slice(4, 6)))
     assert source.reads == [("down", 12), ("down", 6)]  # values; rows, from which two are taken
     check("stacked", (slice(2, 3),), (slice(0, 2), slice(4, 6)), (slice(3, 6),))
+
+
+def test_integers_are_no_weights_and_weights_no_integers() -> None:
+    for out, value in (
+        (np.float32, np.int8),
+        (ml_dtypes.bfloat16, np.int64),
+        (np.int32, np.float32),
+    ):
+        with pytest.raises(LoadError, match="tensor 'x' has dtype"):
+            cast_into(aligned_empty((2,), np.dtype(out)), np.ones(2, value), "x")
+    table = aligned_empty((2,), np.dtype(np.int32))
+    cast_into(table, np.array([3, 1]), "x")
+    assert table.tolist() == [3, 1]

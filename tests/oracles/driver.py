@@ -43,7 +43,7 @@ class Driver:
         (sizes). The steps' own, of each chunk's last position, are left in `step_logits`, and the
         hidden states of all positions in `hidden`.
         """
-        pages = range(-(-len(token_ids) // self.config.cache.page_size))
+        pages = range(-(-len(token_ids) // self.runner.groups[0].page_size))
         # Only the newest state is read again, so states may take turns in the few pages they have.
         turns = [
             num - 1 if group.spec.is_state else len(pages)

@@ -38,7 +38,7 @@ from jengine.sharding.placement import Placement
 from jengine.sharding.split import Split
 
 TARGET_CONFIG = Path(__file__).with_name("h100_target_config.txtpb")
-PAGE_SIZE, NUM_PAGES, NUM_STATES = 16, 2048, 256
+NUM_PAGES, NUM_STATES = 2048, 256
 MAX_MODEL_LEN = 8192
 NUM_ROWS = 256
 NUM_LOGPROBS = 20
@@ -139,7 +139,7 @@ def compile_step(
         num_tokens=num_tokens,
         num_seqs=num_seqs,
         num_groups=len(groups),
-        pages_per_seq=MAX_MODEL_LEN // PAGE_SIZE,
+        pages_per_seq=MAX_MODEL_LEN // groups[0].page_size,
         num_rows=NUM_ROWS,
         vocab_size=cfg.vocab_size,
         max_steps=max_steps,
@@ -170,9 +170,9 @@ def compile_ranks_step(
         for path, info in abstract_parameters(whole).items()
     )
     graphdef, state = nnx.split(rank)
-    groups = build_groups(model_class.kv_specs(rank_cfg), PAGE_SIZE)
+    groups = build_groups(model_class.kv_specs(rank_cfg))
     spec = StepSpec(graphdef, jax.tree.structure(state), groups, NUM_LOGPROBS, keeps_logits=False)
-    pages_per_seq, vocab_size = MAX_MODEL_LEN // PAGE_SIZE, cfg.vocab_size
+    pages_per_seq, vocab_size = MAX_MODEL_LEN // groups[0].page_size, cfg.vocab_size
     bucket = Bucket(num_tokens, num_seqs)
     layout = BatchLayout(num_tokens, num_seqs, len(groups), pages_per_seq, NUM_ROWS, vocab_size)
     num_pages = (NUM_PAGES,) * len(groups)
@@ -202,7 +202,7 @@ def read_config(config: dict[str, Any]) -> tuple[Any, Any]:
 
 def kv_groups(config: dict[str, Any]) -> tuple[KVGroup, ...]:
     model_class, cfg = read_config(config)
-    return build_groups(model_class.kv_specs(cfg), PAGE_SIZE)
+    return build_groups(model_class.kv_specs(cfg))
 
 
 def kv_arrays(config: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -217,15 +217,15 @@ def kv_arrays(config: dict[str, Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def row_state(config: dict[str, Any]) -> RowState:
-    table = (NUM_ROWS, config["vocab_size"])
+    table, groups = (NUM_ROWS, config["vocab_size"]), kv_groups(config)
     return jax.eval_shape(
         lambda: RowState(
             last_token=jnp.zeros(NUM_ROWS, jnp.int32),
             output_counts=jnp.zeros(table, jnp.int32),
             prompt_mask=jnp.zeros(table, jnp.bool_),
             bias=jnp.zeros(table, jnp.float32),
-            page_tables=(jnp.zeros((NUM_ROWS, MAX_MODEL_LEN // PAGE_SIZE), jnp.int32),)
-            * len(kv_groups(config)),
+            page_tables=(jnp.zeros((NUM_ROWS, MAX_MODEL_LEN // groups[0].page_size), jnp.int32),)
+            * len(groups),
         )
     )
 

@@ -18,6 +18,7 @@ from jengine.pallas_kernels.linear import reference as linear_reference
 from jengine.pallas_kernels.silu_mul import reference as silu_reference
 
 CLAMPED = ClampedSwiGLU(alpha=1.7, limit=0.8)
+CLAMPED_ONLY = ClampedSwiGLU(alpha=1.0, limit=0.5, up_offset=0.0)
 # Widths that the Triton kernels take.
 INTERPRETED = (
     Case(1, 8, 16, 128, 64),
@@ -68,6 +69,13 @@ def clamped_product(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return gate / (1 + np.exp(-CLAMPED.alpha * gate)) * (up + 1)
 
 
+def clamped_silu_product(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return silu_product(np.minimum(gate, 0.5), np.clip(up, -0.5, 0.5))
+
+
+PRODUCTS = {None: silu_product, CLAMPED: clamped_product, CLAMPED_ONLY: clamped_silu_product}
+
+
 def float64(
     x, ids, weights, gate_up, down, gate_up_bias=None, down_bias=None, product=silu_product
 ) -> np.ndarray:
@@ -94,7 +102,7 @@ def test_equals_float64(expert_mlp: Callable, case: Case) -> None:
     assert np.abs(out.astype(np.float64) - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("activation", [None, CLAMPED])
+@pytest.mark.parametrize("activation", PRODUCTS)
 def test_biases_and_another_activation(
     expert_mlp: Callable, activation: ClampedSwiGLU | None
 ) -> None:
@@ -106,7 +114,7 @@ def test_biases_and_another_activation(
     out = expert_mlp(
         *args, gate_up_bias_EF=gate_up_bias, down_bias_ED=down_bias, activation=activation
     )
-    product = silu_product if activation is None else clamped_product
+    product = PRODUCTS[activation]
     expected = float64(*args, gate_up_bias=gate_up_bias, down_bias=down_bias, product=product)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 

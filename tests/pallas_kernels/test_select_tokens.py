@@ -19,8 +19,9 @@ EPS = 2.0**-23
 def run(case: Case, inputs: Inputs) -> np.ndarray:
     def select(q, weights, pages, table, cu, kv_lens, num_seqs):
         return reference.select_tokens(
-            q, weights, pages, table, cu, kv_lens, num_seqs, top_k=case.top_k, scale=SCALE
-        )
+            q, weights, pages, table, cu, kv_lens, num_seqs, top_k=case.top_k, scale=SCALE,
+            tokens_per_entry=case.tokens_per_entry,
+        )  # fmt: skip
 
     slots = jax.jit(select)(
         jnp.asarray(inputs.q_TJX, case.q_dtype),
@@ -38,8 +39,8 @@ def run(case: Case, inputs: Inputs) -> np.ndarray:
 def check_token(
     case: Case, inputs: Inputs, table: np.ndarray, t: int, position: int, slots: np.ndarray
 ) -> None:
-    """The slots of one token: those of its best positions, in order."""
-    at = np.arange(position + 1)
+    """The slots of one token: those of its best positions (or entries), in order."""
+    at = np.arange((position + 1) // case.tokens_per_entry)
     keys = inputs.pages_PBE[table[at // case.page_size], at % case.page_size, case.other_dim :]
     keys = keys.astype(case.page_dtype).astype(np.float64)
     q = inputs.q_TJX[t].astype(case.q_dtype).astype(np.float64)
@@ -47,6 +48,9 @@ def check_token(
     k = min(case.top_k, len(at))
     best = np.argsort(-scores, kind="stable")
     used = slots[slots >= 0]
+    if not k:
+        assert not len(used)
+        return
     assert len(used) == k and (slots[k:] == -1).all()
     expected = np.sort(best[:k])
     expected_slots = table[expected // case.page_size] * case.page_size + expected % case.page_size

@@ -2,7 +2,7 @@
 
 The model keeps the true tokens of each request, which the host learns late, as with steps in
 flight, and the context under which each slot was last written. A group of states has one slot a
-page, written where a step ends.
+page, written where a step ends; a group with several tokens an entry one for each such number.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,14 @@ from hypothesis.stateful import (
 
 from jengine.core.page_pool import NULL_PAGE
 from jengine.request import Request
-from tests.core.factories import Window, make_kv, make_request, record_allocations
+from tests.core.factories import (
+    Every,
+    Window,
+    make_kv,
+    make_request,
+    record_allocations,
+    tokens_of_whole_entries,
+)
 
 MAX_CHUNK = 8
 TOKENS = st.integers(0, 1)  # few, so that prefixes meet
@@ -46,15 +53,18 @@ class KVMachine(RuleBasedStateMachine):
 
     @initialize(
         windows=st.sampled_from(
-            [(None,), (3,), (None, 4), (None, 2, 7), (5, 1), (None, "state"), (4, "state")]
+            [
+                *((None,), (3,), (None, 4), (None, 2, 7), (5, 1), (None, "state"), (4, "state")),
+                *((Every(2),), (Every(1), Every(3), 4, "state")),
+            ]
         ),
         page_size=st.integers(1, 3),
         num_pages=st.integers(6, 14),
     )
     def build(self, windows: tuple[Window, ...], page_size: int, num_pages: int) -> None:
         self.windows = windows
-        self.page_size = page_size
-        self.kv = make_kv(windows, page_size=page_size, num_pages=num_pages)
+        self.page_size = page_size * tokens_of_whole_entries(windows)
+        self.kv = make_kv(windows, page_size=self.page_size, num_pages=num_pages)
         self.fresh = [record_allocations(group.pool) for group in self.kv._groups]
         self.running: list[Tracked] = []
         self.num_added = 0
@@ -170,7 +180,7 @@ class KVMachine(RuleBasedStateMachine):
         for index, table in enumerate(tables):
             group = self.kv._groups[index]
             first = end - 1 if group.is_state and num_steps == 1 else start
-            for position in range(first, end):
+            for position in self.completing(index, first, end):
                 page = table[position // self.page_size]
                 assert page != NULL_PAGE
                 assert group.pool.num_refs(page) == 1, "a shared page is written"
@@ -185,16 +195,22 @@ class KVMachine(RuleBasedStateMachine):
         tables = self.kv._held[request.request_id].page_tables
         for index, window in enumerate(self.group_windows()):
             first = 0 if window is None else max(0, computed - window + 1)
-            for position in range(first, computed):
+            for position in self.completing(index, first, computed):
                 page = tables[index][position // self.page_size]
                 assert page != NULL_PAGE
                 assert self.written[index][self.slot(index, page, position)] == context(
                     tracked, position
                 )
 
+    def completing(self, index: int, first: int, end: int) -> list[int]:
+        """Positions whose tokens complete an entry."""
+        every = self.kv._groups[index].spec.spec.tokens_per_entry
+        return [p for p in range(first, end) if (p + 1) % every == 0]
+
     def slot(self, index: int, page: int, position: int) -> tuple[int, int]:
-        is_state = self.kv._groups[index].is_state
-        return page, 0 if is_state else position % self.page_size
+        group = self.kv._groups[index]
+        every = group.spec.spec.tokens_per_entry
+        return page, 0 if group.is_state else position % self.page_size // every
 
     def longest_hit(self, request: Request) -> int:
         """By trying every boundary, longest first."""

@@ -21,11 +21,13 @@ from jengine.core.scheduler import Scheduler
 from jengine.request import FinishReason, Request
 from tests.core.factories import (
     EOS,
+    Every,
     Window,
     make_groups,
     make_kv,
     make_request,
     record_allocations,
+    tokens_of_whole_entries,
 )
 from tests.core.fake_device import FakeDevice, naive_tokens
 
@@ -42,6 +44,8 @@ MODELS: list[tuple[Window, ...]] = [
     ("state", "state", None),
     ("state", 4, None),
     ("state", "state"),
+    (Every(2), None),
+    (Every(1), Every(4), 3, "state"),
 ]
 
 
@@ -93,9 +97,10 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         )
         aborts = draw(st.one_of(st.none(), st.none(), st.integers(0, 40)))
         clients.append(Client(request, draw(st.integers(0, 8)), aborts))
+    windows = draw(st.sampled_from(MODELS))
     return Scenario(
-        windows=draw(st.sampled_from(MODELS)),
-        page_size=draw(st.integers(1, 4)),
+        windows=windows,
+        page_size=draw(st.integers(1, 4)) * tokens_of_whole_entries(windows),
         spare_pages=draw(st.sampled_from([0, 1, 2, 4, 200])),
         caching=draw(st.sampled_from([True, True, True, False])),
         config=SchedulerConfig(

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
+from jengine.server.openai_protocol import ChatRequest
 from tests.server.harness import RunningServer, events, post
 
 PATH = "/v1/chat/completions"
@@ -132,3 +134,16 @@ def test_unknown_and_harmless_fields_are_ignored(server: RunningServer) -> None:
 
 def test_text_is_an_allowed_format(server: RunningServer) -> None:
     assert text_of(ask(server, response_format={"type": "text"})) == RENDERED
+
+
+def test_effort_and_reasoning_reach_the_renderer() -> None:
+    """The echo core's template knows of neither."""
+    turn = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+    body = {"messages": [*USER, turn], "reasoning_effort": "high"}
+    request = msgspec.convert(body, ChatRequest)
+    assert request.template_arguments()["reasoning_effort"] == "high"
+    assert request.messages[1].render(1)["reasoning_content"] == "r"
+    assert (
+        "reasoning_effort"
+        not in msgspec.convert({"messages": USER}, ChatRequest).template_arguments()
+    )
