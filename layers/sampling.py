@@ -97,7 +97,7 @@ def logprobs(logits_SV: jax.Array, ids_S: jax.Array, num_top: int, wanted: jax.A
 
     def compute(logits_SV: jax.Array, ids_S: jax.Array) -> Logprobs:
         logp_SV = jax.nn.log_softmax(logits_SV, axis=-1)
-        chosen_S = jnp.take_along_axis(logp_SV, ids_S[:, None], axis=1)[:, 0]
+        chosen_S = _chosen(logp_SV, ids_S)
         rank_S = jnp.sum(logp_SV > chosen_S[:, None], axis=-1, dtype=jnp.int32) + 1
         top_values, top_ids = top_k_rows(logp_SV, num_top)
         return Logprobs(chosen_S, rank_S, top_ids, top_values)
@@ -111,6 +111,15 @@ def logprobs(logits_SV: jax.Array, ids_S: jax.Array, num_top: int, wanted: jax.A
         )
 
     return jax.lax.cond(wanted, lambda: _in_blocks(compute, logits_SV, ids_S), skip)
+
+
+def chosen_logprobs(logits_SV: jax.Array, ids_S: jax.Array) -> jax.Array:
+    """f32[S]: raw log-probabilities of these tokens, as `logprobs` gives them."""
+    return _chosen(jax.nn.log_softmax(logits_SV, axis=-1), ids_S)
+
+
+def _chosen(logp_SV: jax.Array, ids_S: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logp_SV, ids_S[:, None], axis=1)[:, 0]
 
 
 def count_sampled(

@@ -74,11 +74,13 @@ FRONT_END = frozenset(
         "front_end",
         "input_processor",
         "llm",
+        "llm_arguments",
         "metrics_reader",
         "model_info",
         "output_processor",
         "request_stream",
         "sync_engine",
+        "teacher_forcing",
         "vllm_compat",
     )
 )

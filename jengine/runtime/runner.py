@@ -19,7 +19,7 @@ from jengine.runtime.blueprint import (
     open_artifacts,
 )
 from jengine.runtime.buckets import Bucket, pick_bucket
-from jengine.runtime.forward import build_forward
+from jengine.runtime.forward import build_forward, build_logprobs, packed
 from jengine.runtime.memory import open_device
 from jengine.runtime.programs import EMPTY, SET_PAGES, SET_ROW
 from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
@@ -79,6 +79,7 @@ class ModelRunner:
         }
         self._scorer = PromptScorer(self.programs, self.leaves, self.spec.num_logprobs)
         self._forward = jax.jit(build_forward(self.spec))
+        self._logprobs = jax.jit(build_logprobs(self.spec))
 
     def close(self) -> None:
         """Free the KV cache and the rows; parameters live as long as somebody refers to them."""
@@ -131,10 +132,19 @@ class ModelRunner:
 
         Texts are padded to powers of two; the first one of a length compiles.
         """
-        num_tokens = len(token_ids)
-        padded = np.zeros(max(16, 1 << (num_tokens - 1).bit_length()), np.int32)
-        padded[:num_tokens] = token_ids
-        return self._forward(self.leaves, padded, np.int32(num_tokens))[:num_tokens]
+        return self._forward(self.leaves, *packed([token_ids]))[: len(token_ids)]
+
+    def logprobs(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """f32[len(text)] of each text, by one pass over all of them: see `build_logprobs`."""
+        scores = np.asarray(self._logprobs(self.leaves, *packed(texts)))
+        ends = np.cumsum([len(text) for text in texts])
+        return np.split(scores[: ends[-1]], ends[:-1])
+
+    def logprobs_fn(self) -> Callable[[Mapping[str, jax.Array], Any, Any], jax.Array]:
+        """`build_logprobs` of parameters by path, jitted."""
+        return lambda params, token_ids_T, lengths_S: self._logprobs(
+            tuple(params[path] for path in self.param_paths), token_ids_T, lengths_S
+        )
 
     def _pick_bucket(self, plan: StepPlan) -> Bucket:
         """The cheapest of those that are ready."""
