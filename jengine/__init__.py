@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from jengine.input_processor import TextPrompt, TokensPrompt
     from jengine.llm import LLM
+    from jengine.logits_processors import LogitsContext, Parameter, logits_processor
     from jengine.model_info import ModelInfo
     from jengine.outputs import CompletionOutput, Logprob, RequestOutput
     from jengine.request import RequestOutputKind, SamplingParams
@@ -45,9 +46,11 @@ __all__ = [
     "InvalidRequestError",
     "JengineError",
     "LoadError",
+    "LogitsContext",
     "Logprob",
     "ModelInfo",
     "ModelNotFoundError",
+    "Parameter",
     "QueueFullError",
     "RequestOutput",
     "RequestOutputKind",
@@ -57,6 +60,7 @@ __all__ = [
     "TokensPrompt",
     "UnsupportedError",
     "__version__",
+    "logits_processor",
 ]
 
 _MODULES = {
@@ -64,14 +68,17 @@ _MODULES = {
     "CompletionOutput": "jengine.outputs",
     "EngineConfig": "jengine.config",
     "LLM": "jengine.llm",
+    "LogitsContext": "jengine.logits_processors",
     "Logprob": "jengine.outputs",
     "ModelInfo": "jengine.model_info",
+    "Parameter": "jengine.logits_processors",
     "RequestOutput": "jengine.outputs",
     "RequestOutputKind": "jengine.request",
     "SamplingParams": "jengine.request",
     "StructuredOutputsParams": "jengine.structured_outputs",
     "TextPrompt": "jengine.input_processor",
     "TokensPrompt": "jengine.input_processor",
+    "logits_processor": "jengine.logits_processors",
 }
 
 

@@ -8,9 +8,10 @@ from enum import StrEnum
 
 import msgspec
 
+from jengine.logits_processors import ProcessorInfo
 from jengine.request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 NIL = msgspec.Raw(b"\xc0")  # msgpack's None
 
 
@@ -149,6 +150,7 @@ class CoreReady(msgspec.Struct, tag="ready", array_like=True):
     phases: dict[str, float] = {}  # startup_seconds by part
     num_compiled: int = 0  # executables that were not found on disk
     num_compiling: int = 0  # of all, those that are still being compiled
+    logits_processors: list[ProcessorInfo] = []  # what `extra_args` may hold
 
 
 class CoreDead(msgspec.Struct, tag="dead", array_like=True):

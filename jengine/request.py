@@ -63,6 +63,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     truncate_prompt_tokens: int | None = None
     skip_reading_prefix_cache: bool | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    extra_args: dict[str, Any] | None = None  # for logits processors
     bad_word_ids: list[list[int]] | None = None  # filled by the front end from `bad_words`
 
     def __post_init__(self) -> None:

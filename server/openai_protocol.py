@@ -71,6 +71,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    vllm_xargs: dict[str, Any] | None = None
     # Recognised, and refused when they ask for something.
     guided_json: Any = None
     guided_regex: Any = None
@@ -163,6 +164,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
             allowed_token_ids=self.allowed_token_ids,
             bad_words=self.bad_words or None,
             logit_bias=self.logit_bias,
+            extra_args=self.vllm_xargs,
             structured_outputs=read_constraint(self.response_format, self.structured_outputs),
             output_kind=(RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY),
         )

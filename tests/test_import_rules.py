@@ -23,6 +23,7 @@ LEAVES = frozenset(
         "errors",
         "kv_spec",
         "config",
+        "logits_processors",
         "request",
         "outputs",
         "protocol",

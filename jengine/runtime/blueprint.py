@@ -22,6 +22,7 @@ from jengine.config import EngineConfig, cache_root, xla_flags
 from jengine.kv_spec import KVGroup, build_groups
 from jengine.layers.param import ParamInfo, abstract_parameters
 from jengine.loading import dummy
+from jengine.logits_processors import count_words, load_processors
 from jengine.models.loader import ModelDefinition
 from jengine.pallas_kernels.linear.triton_gpu import MAX_HEAD_ROWS
 from jengine.pallas_kernels.native import loader as native
@@ -37,6 +38,7 @@ from jengine.runtime.aot import (
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.buckets import Bucket, build_buckets, essential_buckets, preparation_order
 from jengine.runtime.decode_steps import bytes_of_one_token, choose_max_decode_steps
+from jengine.runtime.logits_processing import check_processors
 from jengine.runtime.memory import DeviceMemory, ExecutableMemory
 from jengine.runtime.programs import (
     EMPTY,
@@ -124,10 +126,11 @@ def draw_blueprint(
     max_steps = config.scheduler.max_decode_steps or choose_max_decode_steps(
         device.platform, bytes_of_one_token(abstract.values(), model.cfg)
     )
-    layouts = {b: _layout(config, model, len(groups), max_steps, b) for b in buckets}
+    spec = _step_spec(config, model, groups)
+    layouts = {b: _layout(config, model, spec, max_steps, b) for b in buckets}
     some = layouts[buckets[0]]
     table = ProgramTable(
-        spec=_step_spec(config, model, groups),
+        spec=spec,
         layouts=layouts,
         leaves=leaves,
         kv=(),
@@ -234,20 +237,23 @@ def _step_spec(
         groups,
         num_logprobs=num_top,
         keeps_logits=config.max_logprobs < 0,
+        logprobs_mode=config.logprobs_mode,
+        logits_processors=load_processors(config.logits_processors),
     )
 
 
 def _layout(
-    config: EngineConfig, model: ModelDefinition, num_groups: int, max_steps: int, bucket: Bucket
+    config: EngineConfig, model: ModelDefinition, spec: StepSpec, max_steps: int, bucket: Bucket
 ) -> BatchLayout:
     return BatchLayout(
         num_tokens=bucket.num_tokens,
         num_seqs=bucket.num_seqs,
-        num_groups=num_groups,
+        num_groups=len(spec.groups),
         pages_per_seq=-(-model.max_model_len // config.cache.page_size),
         num_rows=config.scheduler.max_num_seqs,
         vocab_size=model.cfg.vocab_size,
         max_steps=max_steps if bucket.is_decode else 1,
+        num_extra=count_words(p.info for p in spec.logits_processors),
     )
 
 
@@ -328,4 +334,6 @@ def _program_facts(
         "layout": repr(anywhere),
         "num_logprobs": table.spec.num_logprobs,
         "keeps_logits": table.spec.keeps_logits,
+        "logprobs_mode": table.spec.logprobs_mode,
+        "logits_processors": check_processors(table.spec.logits_processors, model.cfg.vocab_size),
     }

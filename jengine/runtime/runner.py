@@ -71,7 +71,10 @@ class ModelRunner:
         self.kv, self.rows = self.programs[EMPTY]()
         self._layouts = blueprint.table.layouts
         some_layout = self._layouts[self.buckets[0]]
-        self._mirror = RowMirror(len(self.groups), some_layout.num_rows, some_layout.pages_per_seq)
+        self._processors = tuple(p.info for p in self.spec.logits_processors)
+        self._mirror = RowMirror(
+            len(self.groups), some_layout.num_rows, some_layout.pages_per_seq, self._processors
+        )
         # A step without constrained requests brings no masks along.
         self._no_masks = {
             shape: jax.device_put(np.zeros(shape, np.int32), blueprint.table.placement)
@@ -108,7 +111,13 @@ class ModelRunner:
         token_ids, failed = read_sampled(np.asarray(output.sampled), plan)
         logprobs = prompt_logprobs = None
         if handle.batch.has_logprobs:
-            logprobs = read_logprobs(output, plan.scheduled, token_ids, self.spec.num_logprobs)
+            logprobs = read_logprobs(
+                output,
+                plan.scheduled,
+                token_ids,
+                self.spec.num_logprobs,
+                self.spec.logprobs_mode,
+            )
         if handle.batch.has_prompt_logprobs:
             prompt_logprobs = self._scorer.read(output.hidden, plan.scheduled)
         return StepResult(token_ids, logprobs, prompt_logprobs, failed)
@@ -170,7 +179,7 @@ class ModelRunner:
         tables = self._mirror.admit(item)
         if tables is not None:
             self.rows = self.programs[SET_PAGES](self.rows, np.int32(item.row), tables)
-        if is_adjusted(item.request.sampling):
+        if is_adjusted(item.request.sampling, self._processors):
             self._set_row(item)
 
     def _set_row(self, item: ScheduledRequest) -> None:
