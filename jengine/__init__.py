@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jengine.async_engine import AsyncEngine
+    from jengine.beam_search import BeamSearchParams
     from jengine.config import EngineConfig
     from jengine.errors import (
         DuplicateRequestError,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchParams",
     "CompletionOutput",
     "DuplicateRequestError",
     "EngineConfig",
@@ -65,6 +67,7 @@ __all__ = [
 
 _MODULES = {
     "AsyncEngine": "jengine.async_engine",
+    "BeamSearchParams": "jengine.beam_search",
     "CompletionOutput": "jengine.outputs",
     "EngineConfig": "jengine.config",
     "LLM": "jengine.llm",

@@ -2,13 +2,13 @@
 name.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from tqdm.auto import tqdm
 
+from jengine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams, check_search
 from jengine.config import Dtype, EngineConfig, cache_root
 from jengine.core_client import ENGINE_CORE
 from jengine.errors import InvalidRequestError, UnsupportedError
@@ -17,6 +17,7 @@ from jengine.llm_arguments import Message, as_conversations, as_prompts, one_eac
 from jengine.metrics_reader import Metric, build_metrics
 from jengine.model_info import ModelInfo
 from jengine.outputs import RequestOutput
+from jengine.progress import Progress, run_with_progress
 from jengine.request import RequestOutputKind, SamplingParams
 from jengine.sync_engine import SyncEngine
 from jengine.teacher_forcing import Completion, passes, read_completions
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from jengine.engine import EngineCore
 
 T = TypeVar("T")
-Progress = bool | Callable[..., Any]  # a callable makes the progress bar, as tqdm does
 
 
 class LLM:
@@ -162,6 +162,32 @@ class LLM:
         return self._run(
             self._add(prompts, sampling_params, lora_request, priority, None), use_tqdm
         )
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best completions of each prompt, by their log-probabilities. Needs twice
+        as many `logprobs` as the engine allows a request (`max_logprobs`) for the width.
+        """
+        texts = [self._engine.inputs.encode_prompt(prompt) for prompt in as_prompts(prompts)]
+        config = self._core.runner.config
+        check_search(params, texts, self.model_info, config)
+        searches = [BeamSearch(text, params, self.model_info.eos_token_ids) for text in texts]
+        one_token = params.one_token()
+        for _ in tqdm(range(params.max_tokens), desc="Beam search", disable=not use_tqdm):
+            beams: list[Prompt] = [beam.tokens for search in searches for beam in search.beams]
+            if not beams:
+                break
+            outputs = self.generate(beams, one_token, use_tqdm=False)
+            candidates = iter([(output.outputs[0].logprobs or [{}])[0] for output in outputs])
+            for search in searches:
+                search.advance([next(candidates) for _ in search.beams])
+        tokenizer = None if config.model.skip_tokenizer_init else self.get_tokenizer()
+        return [search.output(tokenizer) for search in searches]
 
     def enqueue(
         self,
@@ -359,22 +385,4 @@ class LLM:
         return [request.request_id for request in prepared]
 
     def _run(self, request_ids: list[str], use_tqdm: Progress) -> list[RequestOutput]:
-        if not use_tqdm:
-            return self._engine.run(request_ids, lambda output: None)
-        make_bar = use_tqdm if callable(use_tqdm) else tqdm
-        with make_bar(total=len(request_ids), desc="Processed prompts", dynamic_ncols=True) as bar:
-            start = time.perf_counter()
-            num_in = num_out = 0
-
-            def show(output: RequestOutput) -> None:
-                nonlocal num_in, num_out
-                num_in += len(output.prompt_token_ids)
-                num_out += sum(len(completion.token_ids) for completion in output.outputs)
-                elapsed = max(time.perf_counter() - start, 1e-9)
-                bar.set_postfix_str(
-                    f"input: {num_in / elapsed:.2f} toks/s, output: {num_out / elapsed:.2f} toks/s",
-                    refresh=False,
-                )
-                bar.update(1)
-
-            return self._engine.run(request_ids, show)
+        return run_with_progress(self._engine, request_ids, use_tqdm)

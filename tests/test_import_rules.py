@@ -69,6 +69,7 @@ FRONT_END = frozenset(
     f"jengine.{name}"
     for name in (
         "async_engine",
+        "beam_search",
         "core_client",
         "core_process",
         "determinism",
@@ -79,6 +80,7 @@ FRONT_END = frozenset(
         "metrics_reader",
         "model_info",
         "output_processor",
+        "progress",
         "request_stream",
         "sync_engine",
         "teacher_forcing",

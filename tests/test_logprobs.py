@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from jengine import LLM, SamplingParams
+from jengine.beam_search import BeamSearch, BeamSearchParams
 from jengine.errors import InvalidRequestError
+from jengine.outputs import Logprob
 from tests.oracles.tiny_llama import make_tiny_llama
 
 VOCAB_SIZE = 4096
@@ -104,3 +106,62 @@ def test_what_cannot_be_scored_is_named(llm: LLM) -> None:
         llm.logprobs([([5], [VOCAB_SIZE])])
     with pytest.raises(InvalidRequestError, match="length is 96"):
         llm.logprobs([([5] * 90, [5] * 7)])
+
+
+def test_beams_are_those_of_transformers(llm: LLM, tiny: tuple[Path, Any]) -> None:
+    prompts = [np.random.default_rng(i).integers(3, VOCAB_SIZE, 20 + i).tolist() for i in (0, 1)]
+    params = BeamSearchParams(beam_width=4, max_tokens=6, ignore_eos=True)
+    hits = prefix_hits(llm)
+    outputs = llm.beam_search(prompts, params)
+    assert prefix_hits(llm) > hits, "beams share their pages"
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.no_grad():
+            theirs = tiny[1].generate(
+                torch.tensor([prompt]), num_beams=4, num_return_sequences=4, max_new_tokens=6,
+                do_sample=False, eos_token_id=None, length_penalty=1.0, return_dict_in_generate=True,
+                output_scores=True,
+            )  # fmt: skip
+        assert [beam.tokens for beam in output.sequences] == theirs.sequences.tolist()
+        np.testing.assert_allclose(
+            [beam.cum_logprob / 6 for beam in output.sequences],
+            theirs.sequences_scores.tolist(),
+            atol=1e-5,
+        )
+        assert all(beam.finish_reason == "length" for beam in output.sequences)
+
+
+def test_beams_that_end_compete_by_length(llm: LLM) -> None:
+    """A search driven by hand: scores by exhaustive enumeration."""
+    steps = {
+        (): [0.6, 0.3, 0.1],
+        (0,): [0.2, 0.5, 0.3],
+        (1,): [0.1, 0.1, 0.8],
+        (2,): [0.3, 0.3, 0.4],
+    }
+    eos, prompt = 2, [7, 7]
+    params = BeamSearchParams(beam_width=3, max_tokens=2, length_penalty=2.0)
+    search = BeamSearch(prompt, params, [eos])
+    while search.beams:
+        search.advance(
+            [
+                {t: Logprob(float(np.log(p))) for t, p in enumerate(steps[tuple(b.tokens[2:])])}
+                for b in search.beams
+            ]
+        )
+    endings = {(eos,): steps[()][eos]}
+    for first in (0, 1):
+        for second in (0, 1, 2):
+            endings[first, second] = steps[()][first] * steps[first,][second]
+    scores = {
+        text: np.log(p) / (len(prompt) + len(text) - (text[-1] == eos)) ** 2.0
+        for text, p in endings.items()
+    }
+    expected = sorted(scores, key=lambda text: -scores[text])[:3]
+    assert [tuple(beam.tokens[2:]) for beam in search.best()] == expected
+    with pytest.raises(InvalidRequestError, match="beam_width: must be at most 10"):
+        llm.beam_search([prompt], BeamSearchParams(beam_width=11, max_tokens=2))
+
+
+def prefix_hits(llm: LLM) -> float:
+    (metric,) = (m for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
+    return metric.value
