@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jengine.logits_processors import LogitsContext, Parameter, logits_processor
     from jengine.model_info import ModelInfo
     from jengine.outputs import CompletionOutput, Logprob, RequestOutput
-    from jengine.request import RequestOutputKind, SamplingParams
+    from jengine.request import RepetitionDetectionParams, RequestOutputKind, SamplingParams
     from jengine.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -54,6 +54,7 @@ __all__ = [
     "ModelNotFoundError",
     "Parameter",
     "QueueFullError",
+    "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
@@ -75,6 +76,7 @@ _MODULES = {
     "Logprob": "jengine.outputs",
     "ModelInfo": "jengine.model_info",
     "Parameter": "jengine.logits_processors",
+    "RepetitionDetectionParams": "jengine.request",
     "RequestOutput": "jengine.outputs",
     "RequestOutputKind": "jengine.request",
     "SamplingParams": "jengine.request",

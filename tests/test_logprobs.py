@@ -118,8 +118,8 @@ def test_beams_are_those_of_transformers(llm: LLM, tiny: tuple[Path, Any]) -> No
         with torch.no_grad():
             theirs = tiny[1].generate(
                 torch.tensor([prompt]), num_beams=4, num_return_sequences=4, max_new_tokens=6,
-                do_sample=False, eos_token_id=None, length_penalty=1.0, return_dict_in_generate=True,
-                output_scores=True,
+                do_sample=False, eos_token_id=None, length_penalty=1.0, output_scores=True,
+                return_dict_in_generate=True,
             )  # fmt: skip
         assert [beam.tokens for beam in output.sequences] == theirs.sequences.tolist()
         np.testing.assert_allclose(
@@ -148,7 +148,7 @@ def test_beams_that_end_compete_by_length(llm: LLM) -> None:
                 for b in search.beams
             ]
         )
-    endings = {(eos,): steps[()][eos]}
+    endings: dict[tuple[int, ...], float] = {(eos,): steps[()][eos]}
     for first in (0, 1):
         for second in (0, 1, 2):
             endings[first, second] = steps[()][first] * steps[first,][second]

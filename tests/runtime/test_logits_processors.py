@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jengine import LogitsContext, Parameter, SamplingParams, logits_processor
+from jengine import (
+    LogitsContext,
+    Parameter,
+    RepetitionDetectionParams,
+    SamplingParams,
+    logits_processor,
+)
 from jengine.errors import InvalidRequestError
 from jengine.logits_processors import encode_arguments, load_processors
 from jengine.runtime.logits_processing import check_processors
@@ -84,6 +90,17 @@ def test_processors_act_on_those_who_name_them(engine: CorePump) -> None:
     assert set(tokens["favoured"]) <= {7, 8, 9}
     assert engine.finish_reasons()["broken"] == "error", "NaN fails its own request"
     assert engine.finish_reasons()["plain"] == "length"
+
+    assert engine.core.stats().num_corrupted == 1
+    circle = GREEDY.clone(
+        extra_args={"strength": 1e4, "ids": [7, 7, 7]},
+        repetition_detection=RepetitionDetectionParams(max_pattern_size=2, min_count=3),
+    )
+    engine.messages.clear()
+    engine.submit("circle", PROMPT, circle)
+    engine.drain()
+    assert engine.tokens()["circle"] == [7, 7, 7]
+    assert engine.finish_reasons()["circle"] == "repetition"
 
     off = GREEDY.clone(extra_args={"no_repeat": False})
     assert engine.alone(PROMPT, off) == alone[0]
