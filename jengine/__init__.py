@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jengine.async_engine import AsyncEngine
+    from jengine.beam_search import BeamSearchParams
     from jengine.config import EngineConfig
     from jengine.errors import (
         DuplicateRequestError,
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     )
     from jengine.input_processor import TextPrompt, TokensPrompt
     from jengine.llm import LLM
+    from jengine.logits_processors import LogitsContext, Parameter, logits_processor
     from jengine.model_info import ModelInfo
     from jengine.outputs import CompletionOutput, Logprob, RequestOutput
-    from jengine.request import RequestOutputKind, SamplingParams
+    from jengine.request import RepetitionDetectionParams, RequestOutputKind, SamplingParams
     from jengine.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchParams",
     "CompletionOutput",
     "DuplicateRequestError",
     "EngineConfig",
@@ -45,10 +48,13 @@ __all__ = [
     "InvalidRequestError",
     "JengineError",
     "LoadError",
+    "LogitsContext",
     "Logprob",
     "ModelInfo",
     "ModelNotFoundError",
+    "Parameter",
     "QueueFullError",
+    "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
@@ -57,21 +63,27 @@ __all__ = [
     "TokensPrompt",
     "UnsupportedError",
     "__version__",
+    "logits_processor",
 ]
 
 _MODULES = {
     "AsyncEngine": "jengine.async_engine",
+    "BeamSearchParams": "jengine.beam_search",
     "CompletionOutput": "jengine.outputs",
     "EngineConfig": "jengine.config",
     "LLM": "jengine.llm",
+    "LogitsContext": "jengine.logits_processors",
     "Logprob": "jengine.outputs",
     "ModelInfo": "jengine.model_info",
+    "Parameter": "jengine.logits_processors",
+    "RepetitionDetectionParams": "jengine.request",
     "RequestOutput": "jengine.outputs",
     "RequestOutputKind": "jengine.request",
     "SamplingParams": "jengine.request",
     "StructuredOutputsParams": "jengine.structured_outputs",
     "TextPrompt": "jengine.input_processor",
     "TokensPrompt": "jengine.input_processor",
+    "logits_processor": "jengine.logits_processors",
 }
 
 

@@ -4,13 +4,14 @@ the environment.
 
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from jengine.cluster import ClusterFlags
 
+LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
@@ -192,6 +193,9 @@ class EngineConfig:
     # Several processes run this engine together, and this is one of them; None: it is alone.
     gang: ClusterFlags | None = None
     max_logprobs: int = 20
+    logprobs_mode: LogprobsMode = "raw_logprobs"
+    # Users' functions, or "module:function", or names of entry points (`logits_processors.py`).
+    logits_processors: tuple[str | Callable[..., Any], ...] = ()
     disable_log_stats: bool = False
 
     def __post_init__(self) -> None:
@@ -213,6 +217,11 @@ class EngineConfig:
                 f"({self.scheduler.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.scheduler.max_num_seqs}): "
                 "a decode step holds one token of each"
+            )
+        if self.logprobs_mode not in get_args(LogprobsMode):
+            raise ValueError(
+                f"logprobs_mode must be one of {', '.join(get_args(LogprobsMode))}, "
+                f"got {self.logprobs_mode!r}"
             )
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ValueError("gpu_memory_utilization must be in (0, 1]")
@@ -255,9 +264,10 @@ class EngineConfig:
                 k: kwargs.pop(k) for k in part.__dataclass_fields__ if k != "model" and k in kwargs
             }
             built[name] = part(model=model, **mine) if part is ModelArgs else part(**mine)
-        own = {
-            k: kwargs.pop(k) for k in ("gang", "max_logprobs", "disable_log_stats") if k in kwargs
-        }
+        if "logits_processors" in kwargs:
+            kwargs["logits_processors"] = tuple(kwargs["logits_processors"])
+        names = ("gang", "max_logprobs", "logprobs_mode", "logits_processors", "disable_log_stats")
+        own = {k: kwargs.pop(k) for k in names if k in kwargs}
         if kwargs:
             raise TypeError(f"unknown engine arguments: {', '.join(sorted(kwargs))}")
         scheduler: SchedulerConfig = built["scheduler"]

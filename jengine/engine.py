@@ -153,6 +153,7 @@ class EngineCore:
                 phases=phases.seconds,
                 num_compiled=self.runner.programs.num_compiled + started.num_drawn,
                 num_compiling=self.runner.programs.num_pending,
+                logits_processors=[p.info for p in self.runner.spec.logits_processors],
             )
         )
 
@@ -189,7 +190,8 @@ class EngineCore:
         plan = self.runner.memory_plan()
         if plan.device.is_planned and plan.total > plan.device.budget:
             log.warning("more memory is needed than planned:\n%s", plan.table())
-        return plan.table()
+        names = [processor.info.name for processor in self.runner.spec.logits_processors]
+        return plan.table() + (f"\nlogits processors: {', '.join(names)}" if names else "")
 
     def turn(self) -> None:
         """One turn of the loop: read messages, start a step if there is one, finish the oldest if

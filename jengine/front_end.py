@@ -70,6 +70,7 @@ def build_model_info(
         dtype=ready.dtype or config.model.dtype,
         default_sampling_params=defaults if config.model.generation_config == "auto" else {},
         tokenizer_folder=_tokenizer_folder(config, checkpoint),
+        logits_processors=tuple(ready.logits_processors),
     )
 
 

@@ -18,6 +18,7 @@ from jengine.config import EngineConfig
 from jengine.errors import InvalidRequestError, UnsupportedError
 from jengine.front_end import read_chat_template
 from jengine.grammar.checker import Checker, VocabularyFacts
+from jengine.logits_processors import encode_arguments
 from jengine.model_info import ModelInfo
 from jengine.protocol import CoreRequest
 from jengine.request import MAX_BANNED_IDS, SamplingParams
@@ -232,6 +233,8 @@ class InputProcessor:
         """Defaults that need the model, and the limits that the engine sets."""
         vocab_size = self._info.vocab_size
         sampling.check_vocab(vocab_size)
+        if sampling.extra_args:
+            encode_arguments(self._info.logits_processors, sampling.extra_args)
         for name in ("logprobs", "prompt_logprobs"):
             self._check_logprobs(name, getattr(sampling, name))
         if self._tokenizer is None:

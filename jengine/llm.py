@@ -2,34 +2,36 @@
 name.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from tqdm.auto import tqdm
 
+from jengine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams, check_search
 from jengine.config import Dtype, EngineConfig, cache_root
 from jengine.core_client import ENGINE_CORE
 from jengine.errors import InvalidRequestError, UnsupportedError
 from jengine.input_processor import Prompt, TokensPrompt
+from jengine.llm_arguments import Message, as_conversations, as_prompts, one_each
 from jengine.metrics_reader import Metric, build_metrics
 from jengine.model_info import ModelInfo
 from jengine.outputs import RequestOutput
+from jengine.progress import Progress, run_with_progress
 from jengine.request import RequestOutputKind, SamplingParams
 from jengine.sync_engine import SyncEngine
+from jengine.teacher_forcing import Completion, passes, read_completions
 from jengine.text.tokenizer import Tokenizer
 from jengine.vllm_compat import drop_vllm_arguments
 
 if TYPE_CHECKING:
     import jax
+    import numpy as np
     from flax import nnx
 
     from jengine.engine import EngineCore
 
 T = TypeVar("T")
-Message = dict[str, Any]  # {"role": ..., "content": ...}
-Progress = bool | Callable[..., Any]  # a callable makes the progress bar, as tqdm does
 
 
 class LLM:
@@ -122,7 +124,7 @@ class LLM:
         requests and leaves the engine usable.
         """
         request_ids = self._add(
-            _as_prompts(prompts), sampling_params, lora_request, priority, tokenization_kwargs
+            as_prompts(prompts), sampling_params, lora_request, priority, tokenization_kwargs
         )
         return self._run(request_ids, use_tqdm)
 
@@ -156,11 +158,37 @@ class LLM:
                 tools=tools,
                 **(chat_template_kwargs or {}),
             )
-            for conversation in _as_conversations(messages)
+            for conversation in as_conversations(messages)
         ]
         return self._run(
             self._add(prompts, sampling_params, lora_request, priority, None), use_tqdm
         )
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best completions of each prompt, by their log-probabilities. Needs twice
+        as many `logprobs` as the engine allows a request (`max_logprobs`) for the width.
+        """
+        texts = [self._engine.inputs.encode_prompt(prompt) for prompt in as_prompts(prompts)]
+        config = self._core.runner.config
+        check_search(params, texts, self.model_info, config)
+        searches = [BeamSearch(text, params, self.model_info.eos_token_ids) for text in texts]
+        one_token = params.one_token()
+        for _ in tqdm(range(params.max_tokens), desc="Beam search", disable=not use_tqdm):
+            beams: list[Prompt] = [beam.tokens for search in searches for beam in search.beams]
+            if not beams:
+                break
+            outputs = self.generate(beams, one_token, use_tqdm=False)
+            candidates = iter([(output.outputs[0].logprobs or [{}])[0] for output in outputs])
+            for search in searches:
+                search.advance([next(candidates) for _ in search.beams])
+        tokenizer = None if config.model.skip_tokenizer_init else self.get_tokenizer()
+        return [search.output(tokenizer) for search in searches]
 
     def enqueue(
         self,
@@ -174,7 +202,7 @@ class LLM:
     ) -> list[str]:
         """Start requests as `generate` does, but do not wait for them. Returns their ids."""
         request_ids = self._add(
-            _as_prompts(prompts), sampling_params, lora_request, priority, tokenization_kwargs
+            as_prompts(prompts), sampling_params, lora_request, priority, tokenization_kwargs
         )
         self._enqueued += request_ids
         return request_ids
@@ -272,6 +300,35 @@ class LLM:
         """Activations `[T, D]` after the last norm, for the T tokens of one prompt."""
         return self._core.runner.hidden_states(self._engine.inputs.encode_prompt(prompt))
 
+    def logprobs(self, completions: Sequence[Completion]) -> "list[np.ndarray]":
+        """Log-probabilities f32[number of tokens] of each completion, in order: those of every
+        output of a `RequestOutput`, or of the token ids beside a prompt.
+
+        Computed by teacher forcing: `logprobs_fn` on the live parameters, outside the engine's
+        cache. They are the raw ones that `generate` returns with `logprobs=0`; where a row's bits
+        do not depend on its batch (`jengine determinism`), bit for bit. Not called `score`: that is
+        vLLM's name for comparing two texts by a cross-encoder.
+        """
+        runner = self._core.runner
+        pairs = list(read_completions(completions, self._engine.inputs, self.model_info))
+        texts = [prompt + completion for prompt, completion in pairs]
+        scores: list[np.ndarray] = []
+        for together in passes(texts, runner.config.scheduler.max_num_batched_tokens):
+            scores += runner.logprobs(together)
+        return [
+            scores_T[len(prompt) :] for (prompt, _), scores_T in zip(pairs, scores, strict=True)
+        ]
+
+    def logprobs_fn(self) -> "Callable[[Mapping[str, jax.Array], Any, Any], jax.Array]":
+        """The pure function behind `logprobs`, for `jax.grad`, `jax.jit` and training.
+
+        `fn(params, token_ids i32[T], lengths i32[S]) -> f32[T]`. `params` is a dict as
+        `LLM.params`; texts lie one after the other, rows past the last are padding. Entry t is the
+        log-probability of token t given those before it in its text, 0 for first tokens and
+        padding.
+        """
+        return self._core.runner.logprobs_fn()
+
     def apply_model(self, func: "Callable[[nnx.Module], T]") -> list[T]:
         """`func` of the model, in a list of one: there is one worker."""
         return [func(self.model)]
@@ -309,8 +366,8 @@ class LLM:
             )
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
-        all_params = _one_each(sampling_params, SamplingParams, len(prompts), "sampling_params")
-        priorities = _one_each(0 if priority is None else priority, int, len(prompts), "priority")
+        all_params = one_each(sampling_params, SamplingParams, len(prompts), "sampling_params")
+        priorities = one_each(0 if priority is None else priority, int, len(prompts), "priority")
         first = self._num_requests
         prepared = [
             self._engine.inputs.prepare(
@@ -329,54 +386,4 @@ class LLM:
         return [request.request_id for request in prepared]
 
     def _run(self, request_ids: list[str], use_tqdm: Progress) -> list[RequestOutput]:
-        if not use_tqdm:
-            return self._engine.run(request_ids, lambda output: None)
-        make_bar = use_tqdm if callable(use_tqdm) else tqdm
-        with make_bar(total=len(request_ids), desc="Processed prompts", dynamic_ncols=True) as bar:
-            start = time.perf_counter()
-            num_in = num_out = 0
-
-            def show(output: RequestOutput) -> None:
-                nonlocal num_in, num_out
-                num_in += len(output.prompt_token_ids)
-                num_out += sum(len(completion.token_ids) for completion in output.outputs)
-                elapsed = max(time.perf_counter() - start, 1e-9)
-                bar.set_postfix_str(
-                    f"input: {num_in / elapsed:.2f} toks/s, output: {num_out / elapsed:.2f} toks/s",
-                    refresh=False,
-                )
-                bar.update(1)
-
-            return self._engine.run(request_ids, show)
-
-
-def _as_prompts(prompts: Any) -> Sequence[Any]:
-    """A single prompt becomes a list of one; a list of ints is one prompt of token ids."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    prompts = list(prompts)
-    is_one = (
-        bool(prompts)
-        and not isinstance(prompts[0], str | Mapping | Sequence)
-        and _is_int(prompts[0])
-    )
-    return [prompts] if is_one else prompts
-
-
-def _is_int(value: Any) -> bool:
-    """Whether it stands for a token id: Python's ints, and the scalars of numpy arrays."""
-    return isinstance(value, int) or getattr(value, "ndim", None) == 0
-
-
-def _as_conversations(messages: Any) -> Sequence[Sequence[Message]]:
-    messages = list(messages)
-    return [messages] if messages and isinstance(messages[0], Mapping) else messages
-
-
-def _one_each(values: T | Sequence[T], kind: type[T], count: int, name: str) -> Sequence[T]:
-    if isinstance(values, kind):
-        return [values] * count
-    values = list(cast("Sequence[T]", values))
-    if len(values) != count:
-        raise InvalidRequestError(name, f"there are {count} prompts but {len(values)} values")
-    return values
+        return run_with_progress(self._engine, request_ids, use_tqdm)

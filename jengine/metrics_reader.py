@@ -39,6 +39,7 @@ def build_metrics(stats: EngineStats, model_name: str) -> list[Metric]:
         "vllm:prefix_cache_hits": stats.prefix_hits,
         "vllm:prompt_tokens": stats.num_prompt_tokens,
         "vllm:generation_tokens": stats.num_generation_tokens,
+        "vllm:corrupted_requests": stats.num_corrupted,
     }
     return [
         *(Gauge(name, value, labels) for name, value in gauges.items()),

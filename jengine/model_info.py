@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jengine.logits_processors import ProcessorInfo
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -25,3 +27,4 @@ class ModelInfo:
     dtype: str
     default_sampling_params: dict[str, Any] = field(default_factory=dict)
     tokenizer_folder: Path | None = None
+    logits_processors: tuple[ProcessorInfo, ...] = ()

@@ -8,9 +8,10 @@ from enum import StrEnum
 
 import msgspec
 
+from jengine.logits_processors import ProcessorInfo
 from jengine.request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 NIL = msgspec.Raw(b"\xc0")  # msgpack's None
 
 
@@ -120,6 +121,7 @@ class EngineStats(msgspec.Struct, array_like=True):
     num_grammars: int = 0  # compiled for structured outputs
     num_masks: int = 0  # computed, one for each token of a constrained request
     mask_seconds: float = 0.0  # spent on them, in threads of their own
+    num_corrupted: int = 0  # requests that ended because their logits were not finite
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):
@@ -149,6 +151,7 @@ class CoreReady(msgspec.Struct, tag="ready", array_like=True):
     phases: dict[str, float] = {}  # startup_seconds by part
     num_compiled: int = 0  # executables that were not found on disk
     num_compiling: int = 0  # of all, those that are still being compiled
+    logits_processors: list[ProcessorInfo] = []  # what `extra_args` may hold
 
 
 class CoreDead(msgspec.Struct, tag="dead", array_like=True):

@@ -1,5 +1,6 @@
 """What a client asks for, and a request through its life on the host."""
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,11 @@ from jengine.structured_outputs import StructuredOutputsParams
 if TYPE_CHECKING:
     import numpy as np
 
+log = logging.getLogger(__name__)
+
 MAX_N = 128
+MAX_PATTERN_SIZE = 512  # tokens; each size costs a look at every new token
+MIN_TEMPERATURE = 0.01  # of those that are not greedy
 MAX_BANNED_IDS = 128  # stop ids held back by min_tokens plus last tokens of bad words, per request
 SAMPLING_EPS = 1e-5
 
@@ -27,13 +32,47 @@ class RequestOutputKind(StrEnum):
     FINAL_ONLY = "final_only"
 
 
+class RepetitionDetectionParams(msgspec.Struct, kw_only=True):
+    """Ends a completion that goes round in circles: its last tokens are `min_count` times the same
+    sequence of `min_pattern_size` to `max_pattern_size` tokens (vLLM). 0 as the largest is off, as
+    the smallest 1.
+    """
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+    def __post_init__(self) -> None:
+        name = "repetition_detection"
+        if not 0 <= self.min_pattern_size <= self.max_pattern_size <= MAX_PATTERN_SIZE:
+            raise InvalidRequestError(
+                name,
+                f"needs 0 <= min_pattern_size <= max_pattern_size <= {MAX_PATTERN_SIZE}, "
+                f"got {self.min_pattern_size} and {self.max_pattern_size}",
+            )
+        if self.max_pattern_size and self.min_count < 2:
+            raise InvalidRequestError(name, f"min_count must be at least 2, got {self.min_count}")
+
+    def is_met(self, token_ids: Sequence[int], num_outputs: int) -> bool:
+        """Whether the last `num_outputs` tokens end in such a repetition."""
+        for size in range(max(self.min_pattern_size, 1), self.max_pattern_size + 1):
+            span = size * (self.min_count - 1)
+            if span + size > num_outputs:
+                return False
+            # Each token of the last copies equals the one a pattern before it.
+            if all(token_ids[-i] == token_ids[-i - size] for i in range(1, span + 1)):
+                return True
+        return False
+
+
 class SamplingParams(msgspec.Struct, kw_only=True):
     """How tokens are chosen, with vLLM's names, defaults and bounds (`SamplingParams` of vLLM
     0.22).
 
-    `temperature` below 1e-5 is greedy. `top_k` 0 or -1 keeps all. `logprobs` / `prompt_logprobs`:
-    None off, k >= 0 the best k (and always the chosen token), -1 the whole vocabulary. `seed` None
-    draws a random seed. `max_tokens` None means up to the model's length.
+    `temperature` below 1e-5 is greedy, else raised to 0.01 at least. `top_k` 0 or -1 keeps all.
+    `logprobs` / `prompt_logprobs`: None off, k >= 0 the best k (and always the chosen token), -1
+    the whole vocabulary. `seed` None draws a random seed. `max_tokens` None means up to the model's
+    length.
     """
 
     n: int = 1
@@ -63,6 +102,8 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     truncate_prompt_tokens: int | None = None
     skip_reading_prefix_cache: bool | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
+    extra_args: dict[str, Any] | None = None  # for logits processors
     bad_word_ids: list[list[int]] | None = None  # filled by the front end from `bad_words`
 
     def __post_init__(self) -> None:
@@ -74,6 +115,9 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             self.stop = [self.stop]
         if 0.0 < self.temperature < SAMPLING_EPS:
             self.temperature = 0.0
+        elif 0.0 < self.temperature < MIN_TEMPERATURE:
+            log.warning("temperature %g is raised to %g", self.temperature, MIN_TEMPERATURE)
+            self.temperature = MIN_TEMPERATURE
         self._check()
 
     def _check(self) -> None:
@@ -225,6 +269,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    REPETITION = "repetition"
 
 
 @dataclass(slots=True, eq=False)

@@ -49,8 +49,6 @@ FEATURES: dict[str, tuple[Any, ...]] = {
     "enable_sleep_mode": (False,),
     "kv_transfer_config": (),
     "limit_mm_per_prompt": ({},),
-    "logits_processors": ([],),
-    "logprobs_mode": ("raw_logprobs",),
     "mm_processor_kwargs": ({},),
     "pipeline_parallel_size": (1,),
     "pooler_config": (),

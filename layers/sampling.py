@@ -58,12 +58,15 @@ class SamplingInputs:
     any_adjusted: jax.Array  # bool[]; some row has penalties, bias, banned tokens or a mask
     any_truncated: jax.Array  # bool[]; some row uses min_p, top_k or top_p
     any_logprobs: jax.Array  # bool[]
+    extra: jax.Array | None = None  # i32[S, E]; words of logits processors' parameters
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Logprobs:
-    """Raw log-probabilities: of the chosen token, its rank (1 = best), and the best K."""
+    """Log-probabilities (or logits): of the chosen token, its rank (1 = best),
+    and the best K.
+    """
 
     chosen: jax.Array  # f32[S]
     rank: jax.Array  # i32[S]
@@ -71,8 +74,13 @@ class Logprobs:
     top_values: jax.Array  # f32[S, K]
 
 
+# What users add: (logits f32[S, V], inputs, counts of output tokens i32[S, V], tokens of the prompt
+# bool[S, V]) -> logits. Comes after masks, bans and bias, before penalties (vLLM).
+Process = Callable[[jax.Array, SamplingInputs, jax.Array, jax.Array], jax.Array]
+
+
 def sample(
-    logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs
+    logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs, process: Process | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (token ids i32[S], is_finite bool[S]). A row without one finite maximum is not
     finite.
@@ -82,22 +90,51 @@ def sample(
     ids_S = jax.lax.cond(
         inputs.any_special,
         lambda: _in_blocks(
-            lambda logits_SV, inputs: _sample_special(logits_SV, rows, inputs), logits_SV, inputs
+            lambda logits_SV, inputs: _sample_special(logits_SV, rows, inputs, process),
+            logits_SV,
+            inputs,
         ),
         lambda: best_S,
     )
-    return ids_S, jnp.isfinite(peak_S)
+    if process is None:
+        return ids_S, jnp.isfinite(peak_S)
+    return jnp.maximum(ids_S, 0), jnp.isfinite(peak_S) & (ids_S >= 0)
 
 
-def logprobs(logits_SV: jax.Array, ids_S: jax.Array, num_top: int, wanted: jax.Array) -> Logprobs:
-    """Log-probabilities of raw logits before any adjustment (vLLM's `raw_logprobs`); zeros unless
-    `wanted`.
+def processed_logits(
+    logits_SV: jax.Array,
+    rows: RowState,
+    inputs: SamplingInputs,
+    process: Process | None = None,
+) -> jax.Array:
+    """f32[S, V]: what a draw is made from, -inf where it cannot fall. Greedy rows have neither
+    temperature nor cuts. The logits as they are where no row asks for more.
     """
+
+    def of_block(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+        adjusted_SV = _adjusted(logits_SV, rows, inputs, process)
+        x_SV, lowest_S = _heated(adjusted_SV, inputs.temperature == 0.0, inputs)
+        return jnp.where(x_SV >= lowest_S[:, None], x_SV, -jnp.inf)
+
+    return jax.lax.cond(
+        inputs.any_special, lambda: _in_blocks(of_block, logits_SV, inputs), lambda: logits_SV
+    )
+
+
+def logprobs(
+    logits_SV: jax.Array,
+    ids_S: jax.Array,
+    num_top: int,
+    wanted: jax.Array,
+    *,
+    is_normalised: bool = True,
+) -> Logprobs:
+    """Log-probabilities by logits, or the logits themselves; zeros unless `wanted`."""
     num_seqs = logits_SV.shape[0]
 
     def compute(logits_SV: jax.Array, ids_S: jax.Array) -> Logprobs:
-        logp_SV = jax.nn.log_softmax(logits_SV, axis=-1)
-        chosen_S = jnp.take_along_axis(logp_SV, ids_S[:, None], axis=1)[:, 0]
+        logp_SV = jax.nn.log_softmax(logits_SV, axis=-1) if is_normalised else logits_SV
+        chosen_S = _chosen(logp_SV, ids_S)
         rank_S = jnp.sum(logp_SV > chosen_S[:, None], axis=-1, dtype=jnp.int32) + 1
         top_values, top_ids = top_k_rows(logp_SV, num_top)
         return Logprobs(chosen_S, rank_S, top_ids, top_values)
@@ -111,6 +148,15 @@ def logprobs(logits_SV: jax.Array, ids_S: jax.Array, num_top: int, wanted: jax.A
         )
 
     return jax.lax.cond(wanted, lambda: _in_blocks(compute, logits_SV, ids_S), skip)
+
+
+def chosen_logprobs(logits_SV: jax.Array, ids_S: jax.Array) -> jax.Array:
+    """f32[S]: raw log-probabilities of these tokens, as `logprobs` gives them."""
+    return _chosen(jax.nn.log_softmax(logits_SV, axis=-1), ids_S)
+
+
+def _chosen(logp_SV: jax.Array, ids_S: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logp_SV, ids_S[:, None], axis=1)[:, 0]
 
 
 def count_sampled(
@@ -152,12 +198,35 @@ def top_p_threshold(x_SV: jax.Array, p_S: jax.Array) -> jax.Array:
     return _largest_threshold(x_SV, enough)
 
 
-def _sample_special(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> jax.Array:
-    x_SV = jax.lax.cond(
-        inputs.any_adjusted, lambda: _adjust(logits_SV, rows, inputs), lambda: logits_SV
-    )
+def _sample_special(
+    logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs, process: Process | None
+) -> jax.Array:
+    """Token ids; -1 where what processors made of the logits has no finite maximum."""
+    adjusted_SV = _adjusted(logits_SV, rows, inputs, process)
     greedy_S = inputs.temperature == 0.0
-    best_S = argmax_rows(x_SV)
+    best_S = argmax_rows(adjusted_SV)
+    x_SV, lowest_S = _heated(adjusted_SV, greedy_S, inputs)
+    noisy_SV = x_SV + _gumbel(inputs, x_SV.shape[1])
+    drawn_S = argmax_rows(jnp.where(x_SV >= lowest_S[:, None], noisy_SV, -jnp.inf))
+    ids_S = jnp.where(greedy_S, best_S, drawn_S)
+    if process is None:
+        return ids_S
+    peak_S = jnp.take_along_axis(adjusted_SV, best_S[:, None], axis=1)[:, 0]  # NaN is one, too
+    return jnp.where(jnp.isfinite(peak_S), ids_S, -1)
+
+
+def _adjusted(
+    logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs, process: Process | None
+) -> jax.Array:
+    return jax.lax.cond(
+        inputs.any_adjusted, lambda: _adjust(logits_SV, rows, inputs, process), lambda: logits_SV
+    )
+
+
+def _heated(
+    x_SV: jax.Array, greedy_S: jax.Array, inputs: SamplingInputs
+) -> tuple[jax.Array, jax.Array]:
+    """(logits by temperature, the least value kept in each row)."""
     x_SV = x_SV / jnp.where(greedy_S, 1.0, inputs.temperature)[:, None]
     # A threshold, not the cut rows: those would be copied where nothing is cut.
     lowest_S = jax.lax.cond(
@@ -165,9 +234,7 @@ def _sample_special(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs
         lambda: _lowest_kept(x_SV, inputs),
         lambda: jnp.full_like(inputs.temperature, -jnp.inf),
     )
-    noisy_SV = x_SV + _gumbel(inputs, x_SV.shape[1])
-    drawn_S = argmax_rows(jnp.where(x_SV >= lowest_S[:, None], noisy_SV, -jnp.inf))
-    return jnp.where(greedy_S, best_S, drawn_S)
+    return x_SV, lowest_S
 
 
 def _in_blocks(function: Callable[..., Any], *args: Any) -> Any:
@@ -195,7 +262,9 @@ def _in_blocks(function: Callable[..., Any], *args: Any) -> Any:
     return jax.lax.fori_loop(0, num_rows // ROWS_AT_ONCE, run, results)
 
 
-def _adjust(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> jax.Array:
+def _adjust(
+    logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs, process: Process | None
+) -> jax.Array:
     num_seqs = logits_SV.shape[0]
     is_adjusted_S1 = (inputs.adjusted_rows < rows.bias.shape[0])[:, None]
 
@@ -209,7 +278,10 @@ def _adjust(logits_SV: jax.Array, rows: RowState, inputs: SamplingInputs) -> jax
     x_SV = x_SV.at[sequences, inputs.banned].set(-jnp.inf, mode="drop")
 
     counts_SV = jnp.where(is_adjusted_S1, of_row(rows.output_counts), 0)
-    seen_SV = (is_adjusted_S1 & of_row(rows.prompt_mask)) | (counts_SV > 0)
+    prompt_SV = is_adjusted_S1 & of_row(rows.prompt_mask)
+    if process is not None:
+        x_SV = process(x_SV, inputs, counts_SV, prompt_SV)
+    seen_SV = prompt_SV | (counts_SV > 0)
     factor_S1 = inputs.repetition[:, None]
     repeated_SV = jnp.where(x_SV > 0, x_SV / factor_S1, x_SV * factor_S1)
     x_SV = jnp.where(seen_SV, repeated_SV, x_SV)

@@ -90,6 +90,22 @@ class EngineFlags:
     max_logprobs: Annotated[
         int | None, _flag("--max-logprobs", panel=_MODEL, text="Largest logprobs; -1: vocabulary.")
     ] = None
+    logprobs_mode: Annotated[
+        str | None,
+        _flag(
+            "--logprobs-mode",
+            panel=_MODEL,
+            text="raw_logprobs (default), raw_logits, processed_logprobs or processed_logits.",
+        ),
+    ] = None
+    logits_processors: Annotated[
+        list[str] | None,
+        _flag(
+            "--logits-processors",
+            panel=_MODEL,
+            text="module:function, or an entry point's name; may be repeated.",
+        ),
+    ] = None
     block_size: Annotated[
         int | None, _flag("--block-size", panel=_CACHE, text="Tokens in a page.")
     ] = None

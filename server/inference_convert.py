@@ -33,6 +33,7 @@ _REASONS = {
     "length": engine_pb2.Finish.REASON_LENGTH,
     "abort": engine_pb2.Finish.REASON_ABORT,
     "error": engine_pb2.Finish.REASON_ERROR,
+    "repetition": engine_pb2.Finish.REASON_STOP,  # our protocol's requests cannot ask for it
 }
 
 

@@ -84,7 +84,7 @@ class ServerMetrics:
             (*ENGINE_LABELS, "finished_reason"),
             registry=self.registry,
         )
-        for reason in ("stop", "length", "abort", "error"):
+        for reason in ("stop", "length", "abort", "error", "repetition"):
             self.success.labels(**self._labels, finished_reason=reason)
         self.rejected = Counter(
             "jengine:requests_rejected",
@@ -172,6 +172,7 @@ class EngineCollector(Collector):
             ("vllm:prompt_tokens", "Prompt tokens processed.", stats.num_prompt_tokens),
             ("vllm:prompt_tokens_cached", "Of them, from the cache.", stats.prefix_hits),
             ("vllm:generation_tokens", "Tokens generated.", stats.num_generation_tokens),
+            ("vllm:corrupted_requests", "Ended by NaN in their logits.", stats.num_corrupted),
             ("jengine:steps", "Steps run.", stats.num_steps),
             (
                 "jengine:compilations",

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from jengine.errors import InvalidRequestError
-from jengine.request import RequestOutputKind, SamplingParams
+from jengine.request import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from jengine.server.openai_constraints import constraint_field, read_constraint
 
 COMPLETION_MAX_TOKENS = 16
@@ -71,6 +71,8 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    vllm_xargs: dict[str, Any] | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
     # Recognised, and refused when they ask for something.
     guided_json: Any = None
     guided_regex: Any = None
@@ -81,7 +83,6 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     kv_transfer_params: Any = None
     logits_processors: Any = None
     length_penalty: float | None = None
-    repetition_detection: Any = None
 
     def check(self, extra: Mapping[str, object]) -> None:
         """Refuse what cannot be honoured, and check what `SamplingParams` does not."""
@@ -95,7 +96,6 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
             "kv_transfer_params": self.kv_transfer_params,
             "logits_processors": self.logits_processors,
             "length_penalty": self.length_penalty not in (None, 1.0),
-            "repetition_detection": self.repetition_detection,
             **extra,
         }
         for name, value in refused.items():
@@ -163,6 +163,8 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
             allowed_token_ids=self.allowed_token_ids,
             bad_words=self.bad_words or None,
             logit_bias=self.logit_bias,
+            extra_args=self.vllm_xargs,
+            repetition_detection=self.repetition_detection,
             structured_outputs=read_constraint(self.response_format, self.structured_outputs),
             output_kind=(RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY),
         )

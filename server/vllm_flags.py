@@ -61,7 +61,6 @@ UNSUPPORTED = frozenset(
         "--kv-offloading-size",
         "--kv-transfer-config",
         "--limit-mm-per-prompt",
-        "--logits-processors",
         "--lora-modules",
         "--max-lora-rank",
         "--max-loras",

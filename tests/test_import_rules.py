@@ -23,6 +23,7 @@ LEAVES = frozenset(
         "errors",
         "kv_spec",
         "config",
+        "logits_processors",
         "request",
         "outputs",
         "protocol",
@@ -85,17 +86,21 @@ FRONT_END = frozenset(
     f"jengine.{name}"
     for name in (
         "async_engine",
+        "beam_search",
         "core_client",
         "core_process",
         "determinism",
         "front_end",
         "input_processor",
         "llm",
+        "llm_arguments",
         "metrics_reader",
         "model_info",
         "output_processor",
+        "progress",
         "request_stream",
         "sync_engine",
+        "teacher_forcing",
         "vllm_compat",
     )
 )

@@ -47,6 +47,10 @@ def finish_reason(request: Request, token_id: int) -> FinishReason | None:
         return FinishReason.STOP
     if len(request.token_ids) >= request.max_num_tokens:
         return FinishReason.LENGTH
+    detection = request.sampling.repetition_detection
+    if detection is not None and detection.is_met(request.token_ids, request.num_output_tokens):
+        request.stop_reason = "repetition_detected"
+        return FinishReason.REPETITION
     return None
 
 

@@ -348,6 +348,7 @@ class Scheduler:
         request.num_pending_tokens -= num_steps
         token_ids = self._append(request, result.token_ids[index], now)
         if index in result.failed and not request.is_finished:
+            self._stats.num_corrupted += 1
             self._finish(request, FinishReason.ERROR, now)
         if request.constraint is not None:
             self._held.hold(request)

@@ -39,11 +39,15 @@ class BatchLayout:
     num_rows: int
     vocab_size: int
     max_steps: int = 1
+    num_extra: int = 0  # words of each sequence for logits processors
 
     @functools.cached_property
     def fields(self) -> dict[str, tuple[Kind, tuple[int, ...]]]:
         T, S = self.num_tokens, self.num_seqs
-        return {
+        extra: dict[str, tuple[Kind, tuple[int, ...]]] = (
+            {"extra": ("i32", (S, self.num_extra))} if self.num_extra else {}
+        )
+        return extra | {
             "token_ids": ("i32", (T,)),
             "positions": ("i32", (T,)),
             "seq_ids": ("i32", (T,)),
@@ -131,9 +135,11 @@ def unpack_batch(packed: jax.Array, masks: jax.Array, layout: BatchLayout) -> De
         a[name] = jax.lax.bitcast_convert_type(a["row_params"][line], dtypes[code])
     a["masks"] = masks
     a["seeds"] = jnp.stack([a["seed_low"], a["seed_high"]], axis=-1)
-    sampling_fields = {f.name for f in dataclasses.fields(SamplingInputs)} - {"positions"}
+    sampling_fields = {f.name for f in dataclasses.fields(SamplingInputs)} - {"positions", "extra"}
     sampling = SamplingInputs(
-        positions=a["sample_positions"], **{name: a[name] for name in sampling_fields}
+        positions=a["sample_positions"],
+        extra=a.get("extra"),
+        **{name: a[name] for name in sampling_fields},
     )
     batch_fields = {f.name for f in dataclasses.fields(DeviceBatch)} - {"sampling"}
     return DeviceBatch(sampling=sampling, **{name: a[name] for name in batch_fields})
@@ -178,6 +184,9 @@ def build_batch(plan: StepPlan, layout: BatchLayout, mirror: RowMirror) -> HostB
     _fill_pages(field, layout, mirror.new_pages(scheduled))
     params = field("row_params").reshape(-1, layout.num_seqs)
     np.take(mirror.params, rows, axis=1, out=params, mode="clip")
+    if layout.num_extra:
+        extra = field("extra").reshape(layout.num_seqs, -1)
+        np.take(mirror.extra, rows, axis=0, out=extra, mode="clip")
     field("num_tokens")[0], field("num_seqs")[0] = num_tokens, num_seqs
     field("num_steps")[0] = plan.num_steps
     banned = field("banned").reshape(layout.num_seqs, -1)

@@ -21,6 +21,7 @@ from jengine.config import EngineConfig, cache_root, xla_flags
 from jengine.kv_spec import KVGroup, build_groups
 from jengine.layers.param import ParamInfo, abstract_parameters
 from jengine.loading import dummy
+from jengine.logits_processors import count_words, load_processors
 from jengine.models.loader import ModelDefinition
 from jengine.pallas_kernels.linear.triton_gpu import MAX_HEAD_ROWS
 from jengine.pallas_kernels.native import loader as native
@@ -36,6 +37,7 @@ from jengine.runtime.aot import (
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.buckets import Bucket, build_buckets, essential_buckets, preparation_order
 from jengine.runtime.decode_steps import bytes_of_one_token, choose_max_decode_steps
+from jengine.runtime.logits_processing import check_processors
 from jengine.runtime.memory import DeviceMemory, ExecutableMemory
 from jengine.runtime.programs import (
     EMPTY,
@@ -131,10 +133,11 @@ def draw_blueprint(
     )
     if model.split.data > 1:  # which could not agree on a number
         max_steps = 1
-    layouts = {b: _layout(config, model, groups, max_steps, b) for b in buckets}
+    spec = _step_spec(config, model, groups)
+    layouts = {b: _layout(config, model, spec, max_steps, b) for b in buckets}
     some = layouts[buckets[0]]
     table = ProgramTable(
-        spec=_step_spec(config, model, groups),
+        spec=spec,
         layouts=layouts,
         leaves=leaves,
         kv=(),
@@ -236,24 +239,23 @@ def _step_spec(
         groups,
         num_logprobs=num_top,
         keeps_logits=not 0 <= config.max_logprobs <= num_top,
+        logprobs_mode=config.logprobs_mode,
+        logits_processors=load_processors(config.logits_processors),
     )
 
 
 def _layout(
-    config: EngineConfig,
-    model: ModelDefinition,
-    groups: tuple[KVGroup, ...],
-    max_steps: int,
-    bucket: Bucket,
+    config: EngineConfig, model: ModelDefinition, spec: StepSpec, max_steps: int, bucket: Bucket
 ) -> BatchLayout:
     return BatchLayout(
         num_tokens=bucket.num_tokens,
         num_seqs=bucket.num_seqs,
-        num_groups=len(groups),
-        pages_per_seq=-(-model.max_model_len // groups[0].page_size),
+        num_groups=len(spec.groups),
+        pages_per_seq=-(-model.max_model_len // spec.groups[0].page_size),
         num_rows=config.scheduler.max_num_seqs,
         vocab_size=model.cfg.vocab_size,
         max_steps=max_steps if bucket.is_decode else 1,
+        num_extra=count_words(p.info for p in spec.logits_processors),
     )
 
 
@@ -332,4 +334,6 @@ def _program_facts(model: ModelDefinition, table: ProgramTable) -> dict[str, Any
         "layout": repr(anywhere),
         "num_logprobs": table.spec.num_logprobs,
         "keeps_logits": table.spec.keeps_logits,
+        "logprobs_mode": table.spec.logprobs_mode,
+        "logits_processors": check_processors(table.spec.logits_processors, model.cfg.vocab_size),
     }

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from jengine.config import LogprobsMode
 from jengine.core.plan import ScheduledRequest, StepPlan, TokenLogprobs
 from jengine.layers.sampling import Logprobs
 from jengine.runtime.programs import SCORE_ROWS
@@ -32,11 +33,13 @@ def read_logprobs(
     scheduled: Sequence[ScheduledRequest],
     token_ids: Sequence[list[int]],
     num_top: int,
+    mode: LogprobsMode = "raw_logprobs",
 ) -> list[TokenLogprobs | None]:
     """Log-probabilities of the tokens sampled in one step, one entry per scheduled request; None
     where it did not ask.
     """
-    table = _HostTable(output.logprobs, output.logits, num_top)
+    is_normalised = mode.endswith("logprobs")
+    table = _HostTable(output.logprobs, output.logits, num_top, is_normalised=is_normalised)
     return [
         table.entry(s, ids[0], count)
         if item.samples and ids and (count := item.request.sampling.logprobs) is not None
@@ -103,11 +106,19 @@ class PromptScorer:
 class _HostTable:
     """Host view of `Logprobs`; whole-vocabulary rows are made from logits when asked for."""
 
-    def __init__(self, scores: Logprobs, logits: jax.Array | None, num_top: int) -> None:
+    def __init__(
+        self,
+        scores: Logprobs,
+        logits: jax.Array | None,
+        num_top: int,
+        *,
+        is_normalised: bool = True,
+    ) -> None:
         self._chosen, self._rank = np.asarray(scores.chosen), np.asarray(scores.rank)
         self._top_ids, self._top_values = np.asarray(scores.top_ids), np.asarray(scores.top_values)
         self._logits = logits
         self._num_top = num_top
+        self._is_normalised = is_normalised
 
     def entry(self, row: int, token: int, count: int) -> TokenLogprobs:
         """The chosen token, then the best `count` (-1: all)."""
@@ -116,8 +127,10 @@ class _HostTable:
         else:
             # Indexing the device array would compile a slice; a whole copy does not.
             logits = np.asarray(self._logits)[row].astype(np.float64)
-            shifted = logits - logits.max()
-            logp = shifted - np.log(np.exp(shifted).sum())
+            logp = logits
+            if self._is_normalised:
+                shifted = logits - logits.max()
+                logp = shifted - np.log(np.exp(shifted).sum())
             ids = np.argsort(-logp, kind="stable")[: None if count < 0 else count]
             values = logp[ids]
         return TokenLogprobs(

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from jengine.core.plan import ScheduledRequest
+from jengine.logits_processors import ProcessorInfo, count_words, encode_arguments
 from jengine.request import SamplingParams
 
 # Sampling parameters of a row: name -> format character (of `struct`). 32 bits each.
@@ -56,11 +57,19 @@ class RowMirror:
     what a row's last request left behind its new one's last page.
     """
 
-    def __init__(self, num_groups: int, num_rows: int, pages_per_seq: int) -> None:
+    def __init__(
+        self,
+        num_groups: int,
+        num_rows: int,
+        pages_per_seq: int,
+        processors: Sequence[ProcessorInfo] = (),
+    ) -> None:
         self.num_rows = num_rows
         self._pages_per_seq = pages_per_seq
         self.params = np.zeros((len(ROW_FIELDS), num_rows + 1), np.int32)
         self.flags = np.zeros(num_rows + 1, np.int32)
+        self._processors = processors
+        self.extra = np.zeros((num_rows + 1, count_words(processors)), np.int32)
         self._num_pages = [[0] * num_rows for _ in range(num_groups)]
         self._set_params(num_rows, SamplingParams(temperature=0.0), seed=0)
 
@@ -98,7 +107,9 @@ class RowMirror:
         return updates
 
     def _set_params(self, row: int, p: SamplingParams, seed: int) -> None:
-        adjusted = is_adjusted(p)
+        adjusted = row < self.num_rows and is_adjusted(p, self._processors)
+        if adjusted and self._processors:
+            self.extra[row] = encode_arguments(self._processors, p.extra_args)
         flags = 0
         if adjusted:
             flags |= RowFlag.ADJUSTED | RowFlag.SPECIAL
@@ -126,8 +137,11 @@ class RowMirror:
         self.flags[row] = flags
 
 
-def is_adjusted(sampling: SamplingParams) -> bool:
-    """Whether the request needs its tables in the row state."""
+def is_adjusted(sampling: SamplingParams, processors: Sequence[ProcessorInfo] = ()) -> bool:
+    """Whether the request needs its tables in the row state. Logits processors may look at them."""
     return bool(
-        sampling.has_penalties or sampling.logit_bias or sampling.allowed_token_ids is not None
+        sampling.has_penalties
+        or sampling.logit_bias
+        or sampling.allowed_token_ids is not None
+        or (processors and (sampling.extra_args or any(not p.parameters for p in processors)))
     )

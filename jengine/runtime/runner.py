@@ -21,7 +21,7 @@ from jengine.runtime.blueprint import (
     open_artifacts,
 )
 from jengine.runtime.buckets import Bucket, pick_bucket
-from jengine.runtime.forward import build_forward
+from jengine.runtime.forward import build_forward, build_logprobs, packed
 from jengine.runtime.memory import open_devices
 from jengine.runtime.programs import EMPTY, SCORE, SET_PAGES, SET_ROW
 from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
@@ -91,9 +91,12 @@ class ModelRunner:
         self._layouts = blueprint.table.layouts
         self._layouts_by_name = {str(bucket): layout for bucket, layout in self._layouts.items()}
         some_layout = self._layouts[self.buckets[0]]
+        self._processors = tuple(p.info for p in self.spec.logits_processors)
         self.num_data_ranks = blueprint.placement.split.data
         self._mirrors = [
-            RowMirror(len(self.groups), some_layout.num_rows, some_layout.pages_per_seq)
+            RowMirror(
+                len(self.groups), some_layout.num_rows, some_layout.pages_per_seq, self._processors
+            )
             for _ in range(self.num_data_ranks)
         ]
         # A step without constrained requests brings no masks along.
@@ -104,8 +107,12 @@ class ModelRunner:
             for seqs, words in {layout.mask_shape for layout in self._layouts.values()}
         }
         self._scorer = PromptScorer(partial(self._call, SCORE), self.spec.num_logprobs)
-        forward = build_forward(self.spec)
-        self._forward = jax.jit(blueprint.placement.on_ranks(forward, (self.leaves, 0, 0), 0))
+
+        def on_ranks(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+            return jax.jit(blueprint.placement.on_ranks(function, (self.leaves, 0, 0), 0))
+
+        self._forward = on_ranks(build_forward(self.spec))
+        self._logprobs = on_ranks(build_logprobs(self.spec))
 
     def close(self) -> None:
         """Free the KV cache and the rows; parameters live as long as somebody refers to them."""
@@ -131,12 +138,12 @@ class ModelRunner:
 
     def launch(self, bucket: Bucket, batches: Sequence[HostBatch]) -> StepOutput:
         """Run the step of a bucket over the batch of each data rank."""
-        packed = _joined([batch.packed for batch in batches])
+        inputs = _joined([batch.packed for batch in batches])
         if all(batch.masks is None for batch in batches):
-            return self._call(str(bucket), packed)
+            return self._call(str(bucket), inputs)
         none = np.zeros(self._layouts[bucket].mask_shape, np.int32)
         masks = _joined([none if batch.masks is None else batch.masks for batch in batches])
-        return self._call(str(bucket), packed, masks)
+        return self._call(str(bucket), inputs, masks)
 
     def execute(self, name: str, arrays: Sequence[np.ndarray]) -> Any:
         """Run a program over our state and these arguments. Whoever follows a leader does what it
@@ -148,10 +155,10 @@ class ModelRunner:
             return None
         if name == SCORE:
             return program(self.leaves, *arrays)
-        packed, *masks = arrays
+        inputs, *masks = arrays
         if not masks:
             masks = [self._no_masks[self._layouts_by_name[name].mask_shape]]
-        self.kv, self.rows, output = program(self.leaves, self.kv, self.rows, packed, *masks)
+        self.kv, self.rows, output = program(self.leaves, self.kv, self.rows, inputs, *masks)
         return output
 
     def collect(self, handle: StepHandle) -> StepResult:
@@ -162,7 +169,13 @@ class ModelRunner:
         token_ids, failed = read_sampled(sampled, plan)
         logprobs = prompt_logprobs = None
         if handle.batch.has_logprobs:
-            logprobs = read_logprobs(output, plan.scheduled, token_ids, self.spec.num_logprobs)
+            logprobs = read_logprobs(
+                output,
+                plan.scheduled,
+                token_ids,
+                self.spec.num_logprobs,
+                self.spec.logprobs_mode,
+            )
         if handle.batch.has_prompt_logprobs:
             prompt_logprobs = self._scorer.read(output.hidden, plan.scheduled)
         return StepResult(token_ids, logprobs, prompt_logprobs, failed)
@@ -195,12 +208,21 @@ class ModelRunner:
         Texts are padded to powers of two; the first one of a length compiles. Raises
         `UnsupportedError` in an engine over several processes.
         """
-        if self._leader is not None:
-            raise UnsupportedError("hidden_states: not in an engine over several processes")
-        num_tokens = len(token_ids)
-        padded = np.zeros(max(16, 1 << (num_tokens - 1).bit_length()), np.int32)
-        padded[:num_tokens] = token_ids
-        return self._forward(self.leaves, padded, np.int32(num_tokens))[:num_tokens]
+        self._refuse_in_gang("hidden_states")
+        return self._forward(self.leaves, *packed([token_ids]))[: len(token_ids)]
+
+    def logprobs(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """f32[len(text)] of each text, by one pass over all of them: see `build_logprobs`."""
+        self._refuse_in_gang("logprobs")
+        scores = np.asarray(self._logprobs(self.leaves, *packed(texts)))
+        ends = np.cumsum([len(text) for text in texts])
+        return np.split(scores[: ends[-1]], ends[:-1])
+
+    def logprobs_fn(self) -> Callable[[Mapping[str, jax.Array], Any, Any], jax.Array]:
+        """`build_logprobs` of parameters by path, jitted."""
+        return lambda params, token_ids_T, lengths_S: self._logprobs(
+            tuple(params[path] for path in self.param_paths), token_ids_T, lengths_S
+        )
 
     def pick_bucket(self, plans: Sequence[StepPlan]) -> Bucket:
         """The cheapest of those that are ready and hold every data rank's plan."""
@@ -233,7 +255,7 @@ class ModelRunner:
         tables = mirror.admit(item)
         if tables is not None:
             self._call(SET_PAGES, row, tables)
-        if is_adjusted(item.request.sampling):
+        if is_adjusted(item.request.sampling, self._processors):
             self._set_row(item, row)
 
     def _set_row(self, item: ScheduledRequest, row: np.ndarray) -> None:
@@ -252,6 +274,10 @@ class ModelRunner:
         for token_id, value in (p.logit_bias or {}).items():
             bias[token_id] += value
         self._call(SET_ROW, row, counts, prompt_mask, bias)
+
+    def _refuse_in_gang(self, name: str) -> None:
+        if self._leader is not None:
+            raise UnsupportedError(f"{name}: not in an engine over several processes")
 
     def _call(self, name: str, *arrays: np.ndarray) -> Any:
         if self._leader is not None:

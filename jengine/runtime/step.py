@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jengine.config import LogprobsMode
 from jengine.kv_spec import KVGroup
 from jengine.layers.attention import AttentionMetadata, slot_mapping, state_slots
 from jengine.layers.sampling import (
@@ -17,9 +18,12 @@ from jengine.layers.sampling import (
     RowState,
     count_sampled,
     logprobs,
+    processed_logits,
     sample,
 )
+from jengine.logits_processors import LogitsProcessor
 from jengine.runtime.batch import PENDING, BatchLayout, DeviceBatch, unpack_batch
+from jengine.runtime.logits_processing import build_process
 from jengine.sharding import collectives
 
 KV = tuple[jax.Array, ...]
@@ -36,7 +40,7 @@ class StepOutput:
 
     sampled: jax.Array  # i32[2, steps, S]: token ids; 1 where the row's logits are finite
     logprobs: Logprobs
-    logits: jax.Array | None  # f32[S, V], raw; of an engine that `keeps_logits`
+    logits: jax.Array | None  # f32[S, V], that log-probabilities are of; if it `keeps_logits`
     hidden: jax.Array  # [T, D] after the last norm
 
 
@@ -49,6 +53,8 @@ class StepSpec:
     groups: tuple[KVGroup, ...]
     num_logprobs: int
     keeps_logits: bool  # for log-probabilities of the whole vocabulary, which the host computes
+    logprobs_mode: LogprobsMode = "raw_logprobs"
+    logits_processors: tuple[LogitsProcessor, ...] = ()
 
     @property
     def group_of_layer(self) -> tuple[int, ...]:
@@ -71,6 +77,8 @@ def build_step(
     becomes one graph, whose condition the device decides.
     """
 
+    process = build_process(spec.logits_processors)
+
     def one_step(
         params: Leaves, kv: KV, rows: RowState, tables: Tables, batch: DeviceBatch
     ) -> tuple[KV, RowState, _Sampled]:
@@ -78,7 +86,9 @@ def build_step(
         token_ids_T = _resolve_pending(batch, rows)
         hidden_TD, kv = model(token_ids_T, kv, attention_metadata(spec, layout, tables, batch))
         logits_SV = model.logits(hidden_TD[batch.last_token_index], batch.num_seqs)
-        ids_S, is_finite_S = sample(logits_SV, rows, batch.sampling)
+        ids_S, is_finite_S = sample(logits_SV, rows, batch.sampling, process)
+        if spec.logprobs_mode.startswith("processed"):
+            logits_SV = processed_logits(logits_SV, rows, batch.sampling, process)
         rows = count_sampled(rows, batch.sampling, ids_S, batch.samples)
         sampled = jnp.stack([ids_S, is_finite_S.astype(jnp.int32)])
         return kv, rows, _Sampled(sampled, logits_SV, hidden_TD)
@@ -124,7 +134,13 @@ def build_step(
         # Outside of the loop: a top-k that the device cannot capture would keep all of it out of
         # the graph.
         any_logprobs = batch.sampling.any_logprobs
-        scores = logprobs(last.logits, last.sampled[0], spec.num_logprobs, any_logprobs)
+        scores = logprobs(
+            last.logits,
+            last.sampled[0],
+            spec.num_logprobs,
+            any_logprobs,
+            is_normalised=spec.logprobs_mode.endswith("logprobs"),
+        )
         logits_SV = last.logits if spec.keeps_logits else None
         return kv, rows, StepOutput(sampled, scores, logits_SV, last.hidden)
 

@@ -3,10 +3,12 @@
 import jax
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.grouped_matmul import reference, triton_gpu
+from jengine.pallas_kernels.grouped_matmul import formula, reference, triton_gpu
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 
-_expert_parts = first_of(triton_gpu.expert_parts, reference.expert_parts)
+_expert_parts = first_of(
+    triton_gpu.expert_parts, reference.expert_parts, formula=formula.expert_parts
+)
 
 
 def expert_parts(

@@ -6,10 +6,10 @@ from jax.typing import DTypeLike
 
 from jengine.pallas_kernels import native
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.kv_write import cpu_ffi, reference, xla_gpu
+from jengine.pallas_kernels.kv_write import cpu_ffi, formula, reference, xla_gpu
 from jengine.pallas_kernels.platform import platform
 
-_write = first_of(cpu_ffi.kv_write, xla_gpu.kv_write, reference.kv_write)
+_write = first_of(cpu_ffi.kv_write, xla_gpu.kv_write, reference.kv_write, formula=formula.kv_write)
 
 
 def kv_write(

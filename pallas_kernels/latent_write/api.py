@@ -3,9 +3,14 @@
 import jax
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.latent_write import cpu_ffi, reference, xla_gpu
+from jengine.pallas_kernels.latent_write import cpu_ffi, formula, reference, xla_gpu
 
-_write = first_of(cpu_ffi.latent_write, xla_gpu.latent_write, reference.latent_write)
+_write = first_of(
+    cpu_ffi.latent_write,
+    xla_gpu.latent_write,
+    reference.latent_write,
+    formula=formula.latent_write,
+)
 
 
 def latent_write(

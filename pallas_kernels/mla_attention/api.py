@@ -5,9 +5,11 @@ reads the same entry of a token, as its key and as its value.
 import jax
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.mla_attention import reference, triton_gpu
+from jengine.pallas_kernels.mla_attention import formula, reference, triton_gpu
 
-_attention = first_of(triton_gpu.mla_attention, reference.mla_attention)
+_attention = first_of(
+    triton_gpu.mla_attention, reference.mla_attention, formula=formula.mla_attention
+)
 
 
 def mla_attention(

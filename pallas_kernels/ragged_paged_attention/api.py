@@ -5,12 +5,13 @@ decode alike.
 import jax
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.ragged_paged_attention import cpu_ffi, reference, triton_gpu
+from jengine.pallas_kernels.ragged_paged_attention import cpu_ffi, formula, reference, triton_gpu
 
 _attention = first_of(
     cpu_ffi.ragged_paged_attention,
     triton_gpu.ragged_paged_attention,
     reference.ragged_paged_attention,
+    formula=formula.ragged_paged_attention,
 )
 
 

@@ -44,10 +44,7 @@ def ragged_paged_attention(
         cu_q_lens_S1,
         kv_lens_S,
         num_seqs,
-        split=lambda kv_C2KH: (
-            kv_C2KH[:, 0].transpose(1, 0, 2),
-            kv_C2KH[:, 1].transpose(1, 0, 2),
-        ),
+        split=split_pairs,
         kv_heads=kv_pages_PB2KH.shape[3],
         value_dim=q_TNH.shape[2],
         scale=scale,
@@ -55,6 +52,11 @@ def ragged_paged_attention(
         soft_cap=soft_cap,
         sinks_N=sinks_N,
     )
+
+
+def split_pairs(kv_C2KH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values that lie side by side."""
+    return kv_C2KH[:, 0].transpose(1, 0, 2), kv_C2KH[:, 1].transpose(1, 0, 2)
 
 
 def attend_pages(

@@ -17,6 +17,7 @@ from jengine.layers.sampling import (
     RowState,
     count_sampled,
     logprobs,
+    processed_logits,
     sample,
     top_k_threshold,
     top_p_threshold,
@@ -29,7 +30,8 @@ from jengine.runtime.batch import (
     unpack_batch,
 )
 from jengine.runtime.row_mirror import RowMirror, is_adjusted
-from tests.oracles.numpy_sampler import adjusted_logits, distribution
+from tests.oracles.numpy_sampler import adjusted_logits, distribution, reported
+from tests.oracles.numpy_sampler import processed_logits as expected_logits
 
 V, R = 97, 8
 LAYOUT = BatchLayout(
@@ -68,6 +70,14 @@ class Row:
 
 def run(rows: list[Row], logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, RowState]:
     """Sample one token for each row through the packed batch, as a decode step does."""
+    ids, finite, state = _sample(*prepare(rows, logits))
+    return np.asarray(ids)[: len(rows)], np.asarray(finite)[: len(rows)], state
+
+
+def prepare(
+    rows: list[Row], logits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, RowState]:
+    """(packed batch, masks, logits of the bucket, row state)."""
     scheduled = []
     state = RowState(
         jnp.zeros(R, jnp.int32),
@@ -98,8 +108,12 @@ def run(rows: list[Row], logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, Ro
     full[: len(rows)] = logits
 
     masks = np.zeros(LAYOUT.mask_shape, np.int32) if batch.masks is None else batch.masks
-    ids, finite, state = _sample(batch.packed, masks, full, state)
-    return np.asarray(ids)[: len(rows)], np.asarray(finite)[: len(rows)], state
+    return batch.packed, masks, full, state
+
+
+@jax.jit
+def _process(packed: jax.Array, masks: jax.Array, full: jax.Array, state: RowState) -> jax.Array:
+    return processed_logits(full, state, unpack_batch(packed, masks, LAYOUT).sampling)
 
 
 @jax.jit
@@ -177,6 +191,33 @@ def test_draws_follow_the_oracle_distribution(name: str) -> None:
     draws = np.random.default_rng(0).multinomial(4000, expected, size=400) / 4000
     limit = np.quantile(np.abs(draws - expected).sum(axis=1), 0.999)
     assert np.abs(counts / 4000 - expected).sum() <= limit * 1.05
+
+
+def test_processed_logits_match_the_oracle_in_every_mode() -> None:
+    """Each case beside the others, greedy and not; as logits and as log-probabilities."""
+    for cases in (list(CASES.values())[:6], list(CASES.values())[6:]):
+        every = [*cases, cases[-1].clone(temperature=0.0), SamplingParams(temperature=0.0)]
+        rows = [Row(params, [5, 8, 13], [21, 21, 22]) for params in every]
+        logits = random_logits(len(rows), seed=4)
+        got = np.asarray(_process(*prepare(rows, logits)))[: len(rows)]
+        for row, mine, processed in zip(rows, logits, got, strict=True):
+            item = ScheduledRequest(row.request(), 0, 5, 1, ([1],), True, True)
+            adjusted = adjusted_logits(mine, row.params, row.prompt, row.output, banned_ids(item))
+            expected = expected_logits(adjusted, row.params)
+            assert ((processed == -np.inf) == (expected == -np.inf)).all()
+            np.testing.assert_allclose(processed, expected, rtol=1e-5, atol=1e-5)
+            token = int(expected.argmax())
+            for is_normalised in (False, True):
+                scores = logprobs(
+                    jnp.array(processed)[None], jnp.array([token]), 4, jnp.bool_(True),
+                    is_normalised=is_normalised,
+                )  # fmt: skip
+                with np.errstate(divide="ignore"):
+                    values = reported(expected, is_normalised=is_normalised)
+                np.testing.assert_allclose(scores.chosen[0], values[token], rtol=1e-5, atol=1e-5)
+                best = np.sort(values)[::-1][:4]
+                np.testing.assert_allclose(scores.top_values[0], best, rtol=1e-5, atol=1e-5)
+                assert scores.rank[0] == 1
 
 
 def test_a_draw_does_not_depend_on_its_neighbours() -> None:

@@ -77,7 +77,8 @@ def check_bfloat16(hf_config: dict) -> None:
         for p in abstract_parameters(module).values()
     )
     ids = jax.ShapeDtypeStruct((16,), jnp.int32)
-    hidden = jax.eval_shape(build_forward(spec), leaves, ids, jnp.int32(3))
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    hidden = jax.eval_shape(build_forward(spec), leaves, ids, lengths)
     _, logits = jax.eval_shape(build_score(spec), leaves, hidden, ids)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
 
@@ -87,7 +88,7 @@ def test_prompt_logits_and_forward_are_scaled_too(name: str, tmp_path: Path) -> 
     hf_model, driver = build(CASES[name], tmp_path)
     expected = expected_logits(hf_model)
     runner, ids = driver.runner, jnp.asarray(TOKENS, jnp.int32)
-    hidden = jax.jit(build_forward(runner.spec))(runner.leaves, ids, jnp.int32(len(TOKENS)))
+    hidden = jax.jit(build_forward(runner.spec))(runner.leaves, ids, jnp.array([len(TOKENS)]))
     _, scored = jax.jit(build_score(runner.spec))(runner.leaves, hidden, ids)
     assert np.abs(np.asarray(scored) - expected).max() <= TOLERANCE
     live = runner.model.logits(hidden, jnp.int32(len(TOKENS)))

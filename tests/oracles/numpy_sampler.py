@@ -29,6 +29,13 @@ def adjusted_logits(
 
 def distribution(x: np.ndarray, p: SamplingParams) -> np.ndarray:
     """Probabilities after temperature, min_p, top_k and top_p."""
+    return _softmax(processed_logits(x, p))
+
+
+def processed_logits(x: np.ndarray, p: SamplingParams) -> np.ndarray:
+    """Adjusted logits after temperature, min_p, top_k and top_p, -inf outside of them."""
+    if p.temperature == 0:
+        return x
     x = x / p.temperature
     probs = _softmax(x)
     x = np.where(probs >= p.min_p * probs.max(), x, -np.inf)
@@ -40,7 +47,12 @@ def distribution(x: np.ndarray, p: SamplingParams) -> np.ndarray:
         order = np.argsort(-probs, kind="stable")
         last = order[np.searchsorted(np.cumsum(probs[order]), p.top_p)]
         x = np.where(x >= x[last], x, -np.inf)
-    return _softmax(x)
+    return x
+
+
+def reported(values: np.ndarray, *, is_normalised: bool) -> np.ndarray:
+    """What a logprobs mode reports of raw or processed logits."""
+    return np.log(_softmax(values)) if is_normalised else values
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
