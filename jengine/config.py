@@ -4,7 +4,7 @@ the environment.
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -194,8 +194,9 @@ class EngineConfig:
     gang: ClusterFlags | None = None
     max_logprobs: int = 20
     logprobs_mode: LogprobsMode = "raw_logprobs"
-    # Users' functions, or "module:function", or names of entry points (`logits_processors.py`).
-    logits_processors: tuple[str | Callable[..., Any], ...] = ()
+    # Functions, "module:function", or names of entry points (`logits_processors.py`). To a
+    # core in a process of its own only strings can be sent.
+    logits_processors: tuple[Any, ...] = ()
     disable_log_stats: bool = False
 
     def __post_init__(self) -> None:

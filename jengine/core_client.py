@@ -30,6 +30,7 @@ from jengine.core_process import (
     resolve_factory,
     to_core_address,
 )
+from jengine.errors import UnsupportedError
 from jengine.protocol import CoreDead, FromCore, Shutdown, ToCore
 
 ENGINE_CORE = "jengine.engine:EngineCore"
@@ -127,6 +128,11 @@ class ProcessCoreClient:
     """An engine core in a child process: msgpack over two ZeroMQ sockets in a private folder."""
 
     def __init__(self, config: EngineConfig, core_factory: str = ENGINE_CORE) -> None:
+        if not all(isinstance(source, str) for source in config.logits_processors):
+            raise UnsupportedError(
+                "logits_processors: a function cannot be sent to the engine's process: "
+                "name it as 'module:function'"
+            )
         self._folder = _private_folder()
         self._context = zmq.Context(io_threads=1)
         self._outbox = self._context.socket(zmq.PUSH)

@@ -16,7 +16,9 @@ from jengine import (
     SamplingParams,
     logits_processor,
 )
-from jengine.errors import InvalidRequestError
+from jengine.config import EngineConfig
+from jengine.core_client import ProcessCoreClient
+from jengine.errors import InvalidRequestError, UnsupportedError
 from jengine.logits_processors import encode_arguments, load_processors
 from jengine.runtime.logits_processing import check_processors
 from tests.oracles.core_pump import CorePump
@@ -177,6 +179,12 @@ def branches(logits: jax.Array, context: LogitsContext) -> jax.Array:
 def test_what_cannot_be_compiled_fails_at_start(model: Path, function, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pump(model, logits_processors=[function])
+
+
+def test_a_process_is_told_names_only() -> None:
+    config = EngineConfig.from_kwargs("m", logits_processors=[favour])
+    with pytest.raises(UnsupportedError, match="name it as 'module:function'"):
+        ProcessCoreClient(config, "tests.nowhere:Core")
 
 
 @pytest.mark.parametrize(
