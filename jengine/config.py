@@ -134,6 +134,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 1024
     policy: Literal["fcfs", "priority"] = "fcfs"
     max_num_waiting: int = 4096
+    max_num_waiting_tokens: int | None = None  # of prompts; None: as many as their number allows
     async_scheduling: bool = True
     max_decode_steps: int | None = None  # in one dispatch; None: the device decides
 
@@ -179,6 +180,7 @@ class EngineConfig:
             "max_num_seqs": self.scheduler.max_num_seqs,
             "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
             "max_decode_steps": self.scheduler.max_decode_steps,
+            "max_num_waiting_tokens": self.scheduler.max_num_waiting_tokens,
         }
         for name, value in positive.items():
             if value is not None and value < 1:

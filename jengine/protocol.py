@@ -120,6 +120,7 @@ class EngineStats(msgspec.Struct, array_like=True):
     num_grammars: int = 0  # compiled for structured outputs
     num_masks: int = 0  # computed, one for each token of a constrained request
     mask_seconds: float = 0.0  # spent on them, in threads of their own
+    num_corrupted: int = 0  # requests that ended because their logits were not finite
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):

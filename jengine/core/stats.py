@@ -20,3 +20,4 @@ class SchedulerStats(msgspec.Struct):
     prefix_hits: int = 0
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
+    num_corrupted: int = 0
