@@ -53,7 +53,9 @@ def bases() -> list[tuple[str, Message]]:
     sampling = ours.SamplingParams(max_tokens=2)
     generate = ours.GenerateRequest(text="ab", sampling=sampling)
     chat = ours.ChatRequest(
-        messages=[ours.ChatMessage(role="user", content="ab")], sampling=sampling
+        messages=[ours.ChatMessage(role="user", content="ab")],
+        sampling=sampling,
+        chat_template_kwargs_json='{"x": [1]}',
     )
     engine = vllm.GenerateRequest(
         tokenized=vllm.TokenizedInput(input_ids=[3, 4]),

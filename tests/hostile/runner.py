@@ -24,7 +24,8 @@ NEIGHBOURS: tuple[dict[str, Any], ...] = (
     {"prompt": [7, 8, 9] * 20, "temperature": 1.0, "seed": 11, "stream": True},
     {"prompt": "naïve café", "temperature": 1.3, "seed": 5, "top_k": 40, "repetition_penalty": 1.2},
 )
-SAME = {"max_tokens": 40, "ignore_eos": True, "return_token_ids": True}
+NUM_TOKENS = 40
+SAME = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "return_token_ids": True}
 
 
 class Neighbours:
@@ -38,6 +39,7 @@ class Neighbours:
 
     async def listen_alone(self) -> None:
         self._expected = [await self._ask(index) for index in range(len(NEIGHBOURS) + 1)]
+        assert all(len(tokens) == NUM_TOKENS for tokens in self._expected)
 
     @asynccontextmanager
     async def talking(self) -> AsyncIterator[None]:
@@ -73,7 +75,7 @@ class Neighbours:
     async def _ask_grpc(self) -> list[int]:
         request = pb.GenerateRequest(
             text="for i in range(10):",
-            sampling=pb.SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True),
+            sampling=pb.SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True),
         )
         async with grpc.aio.insecure_channel(self._server.grpc) as channel:
             call = channel.unary_stream(
