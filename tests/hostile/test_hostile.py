@@ -23,7 +23,7 @@ from tests.server.harness import get, wait_for
 
 ARRIVAL_SECONDS, UNREAD_SECONDS = 2.0, 3.0
 FLAGS = ("--max-model-len", "256", "--arrival-timeout", str(ARRIVAL_SECONDS))
-FLAGS += ("--unread-timeout", str(UNREAD_SECONDS), "--max-num-waiting", "100")
+FLAGS += ("--unread-timeout", str(UNREAD_SECONDS), "--max-num-waiting", "1000")
 NAN_ID = 511  # no text has it
 MAX_GROWTH_BYTES = (
     600 * 2**20
@@ -148,7 +148,7 @@ def test_a_full_queue_says_when_to_come_back(tiny: LiveServer) -> None:
     """More at once than may wait: refused with a hint, and those who wait are served."""
 
     async def flood() -> list[Answer]:
-        body = {"prompt": "ab", "n": 40, "max_tokens": 30, "ignore_eos": True}
+        body = {"prompt": "ab", "n": 128, "max_tokens": 8, "ignore_eos": True}
         return await asyncio.gather(
             *(ask_json(tiny.http_port, COMPLETIONS, body) for _ in range(12))
         )
