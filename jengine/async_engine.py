@@ -248,6 +248,7 @@ class AsyncEngine:
 
     async def render_chat(
         self,
+        /,
         messages: Sequence[dict[str, Any]],
         *,
         tools: Sequence[dict[str, Any]] | None = None,
@@ -256,9 +257,8 @@ class AsyncEngine:
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """The prompt of a conversation, to be encoded without special tokens.
-
-        `kwargs` go to the template.
+        """The prompt of a conversation, to be encoded without special tokens. `kwargs` go to the
+        template.
         """
         return await self._in_text_pool(
             self._inputs.render_chat,
@@ -270,7 +270,7 @@ class AsyncEngine:
             **kwargs,
         )
 
-    async def _in_text_pool(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    async def _in_text_pool(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """The tokenizers library releases the GIL: long texts do not stall the streams."""
         return await self._loop.run_in_executor(
             self._text_pool, functools.partial(function, *args, **kwargs)

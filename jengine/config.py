@@ -137,6 +137,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 1024
     policy: Literal["fcfs", "priority"] = "fcfs"
     max_num_waiting: int = 4096
+    max_num_waiting_tokens: int | None = None  # of prompts; None: as many as their number allows
     async_scheduling: bool = True
     max_decode_steps: int | None = None  # in one dispatch; None: the device decides
 
@@ -208,6 +209,7 @@ class EngineConfig:
             "tensor_parallel_size": self.parallel.tensor_parallel_size,
             "data_parallel_size": self.parallel.data_parallel_size,
             "expert_parallel_size": self.parallel.expert_parallel_size,
+            "max_num_waiting_tokens": self.scheduler.max_num_waiting_tokens,
         }
         for name, value in positive.items():
             if value is not None and value < 1:

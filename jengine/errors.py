@@ -13,6 +13,17 @@ class ExitCode(IntEnum):
     CONFIG = 78  # EX_CONFIG: it would fail again in the same way
 
 
+MAX_MESSAGE_BYTES = 600  # gRPC sends it three times over, in headers of at most 8 kB
+
+
+def shortened(message: str, limit: int = MAX_MESSAGE_BYTES) -> str:
+    """What a client is told: valid UTF-8 of bounded length. Messages quote what was sent."""
+    data = message.encode("utf-8", "replace")
+    if len(data) <= limit:
+        return data.decode()
+    return data[:limit].decode("utf-8", "ignore") + " ..."
+
+
 class JengineError(Exception):
     """Base class of every error jengine raises on purpose."""
 

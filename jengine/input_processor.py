@@ -150,6 +150,7 @@ class InputProcessor:
 
     def render_chat(
         self,
+        /,  # a template may have a variable called `self`
         messages: Sequence[Mapping[str, Any]],
         *,
         chat_template: str | None = None,
@@ -363,7 +364,17 @@ def checked_copy(params: SamplingParams) -> SamplingParams:
         message, _, path = str(error).partition(" - at `$.")
         raise InvalidRequestError(path.rstrip("`") or "sampling_params", message) from None
     except (TypeError, OverflowError, RecursionError) as error:  # it has no msgpack form
-        raise InvalidRequestError("sampling_params", str(error)) from None
+        raise InvalidRequestError(_first_unpackable(params), str(error)) from None
+
+
+def _first_unpackable(params: SamplingParams) -> str:
+    """The name of the field that has no msgpack form."""
+    for name in params.__struct_fields__:
+        try:
+            msgspec.msgpack.encode(getattr(params, name))
+        except (TypeError, OverflowError, RecursionError):
+            return name
+    return "sampling_params"
 
 
 def _as_token_ids(prompt: Any) -> list[int]:

@@ -22,6 +22,7 @@ MAX_PATTERN_SIZE = 512  # tokens; each size costs a look at every new token
 MIN_TEMPERATURE = 0.01  # of those that are not greedy
 MAX_BANNED_IDS = 128  # stop ids held back by min_tokens plus last tokens of bad words, per request
 SAMPLING_EPS = 1e-5
+FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38  # what the device's numbers hold, rounded inwards
 
 
 class RequestOutputKind(StrEnum):
@@ -135,14 +136,14 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             value = getattr(self, name)
             need(-2.0 <= value <= 2.0, name, f"must be in [-2, 2], got {value}")
         need(
-            0.0 < self.repetition_penalty < float("inf"),
+            FLOAT32_TINY <= self.repetition_penalty <= FLOAT32_MAX,
             "repetition_penalty",
-            f"must be > 0 and finite, got {self.repetition_penalty}",
+            f"must be > 0 and at most {FLOAT32_MAX}, got {self.repetition_penalty}",
         )
         need(
-            0.0 <= self.temperature < float("inf"),
+            0.0 <= self.temperature <= FLOAT32_MAX,
             "temperature",
-            f"must be >= 0 and finite, got {self.temperature}",
+            f"must be >= 0 and at most {FLOAT32_MAX}, got {self.temperature}",
         )
         need(0.0 < self.top_p <= 1.0, "top_p", f"must be in (0, 1], got {self.top_p}")
         need(
@@ -188,6 +189,8 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         need(not self.stop or self.detokenize, "stop", "needs detokenize=True")
         need(all(self.bad_words or ()), "bad_words", "must not hold an empty string")
         need(self.allowed_token_ids != [], "allowed_token_ids", "must not be empty")
+        for bias in (self.logit_bias or {}).values():
+            need(abs(bias) <= FLOAT32_MAX, "logit_bias", f"must be finite, got {bias}")
 
     @property
     def is_greedy(self) -> bool:

@@ -148,6 +148,7 @@ class ServerApp:
             if now >= next_sample:
                 self._meter.sample(now, engine.stats.num_generation_tokens)
                 next_sample = now + METER_SECONDS
+                await self.state.end_unread()
             if now >= next_line and engine.stats.num_steps > steps_seen:
                 steps_seen, next_line = engine.stats.num_steps, now + STATS_SECONDS
                 self._log_stats()

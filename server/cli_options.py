@@ -149,6 +149,10 @@ class EngineFlags:
         int | None,
         _flag("--max-num-waiting", panel=_SCHEDULER, text="Queued requests before 429."),
     ] = None
+    max_num_waiting_tokens: Annotated[
+        int | None,
+        _flag("--max-num-waiting-tokens", panel=_SCHEDULER, text="Their prompt tokens before 429."),
+    ] = None
     disable_log_stats: Annotated[
         bool, _flag("--disable-log-stats", panel=_SCHEDULER, text="No line of figures every 10 s.")
     ] = False
@@ -259,6 +263,14 @@ class ServerFlags:
         float,
         _flag("--shutdown-timeout", panel=_SERVER, text="Seconds for running requests on SIGTERM."),
     ] = 30.0
+    arrival_timeout: Annotated[
+        float,
+        _flag("--arrival-timeout", panel=_SERVER, text="Seconds for an HTTP request to arrive."),
+    ] = 60.0
+    unread_timeout: Annotated[
+        float,
+        _flag("--unread-timeout", panel=_SERVER, text="Seconds an answer may wait for its reader."),
+    ] = 60.0
     max_body_bytes: Annotated[
         int, _flag("--max-body-bytes", panel=_SERVER, text="Largest HTTP body.")
     ] = 32 * MIB

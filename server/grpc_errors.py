@@ -21,6 +21,7 @@ from jengine.errors import (
     ModelNotFoundError,
     QueueFullError,
     UnsupportedError,
+    shortened,
 )
 from jengine.server.state import EngineLoadingError, new_request_id
 
@@ -86,7 +87,7 @@ async def abort_with(context: grpc.aio.ServicerContext, error: JengineError) -> 
     code, reason = status_of(error)
     await context.abort(
         code,
-        str(error),
+        shortened(str(error)),
         trailing_metadata=((DETAILS_KEY, status_details(code, reason, error)),),
     )
 
@@ -105,11 +106,11 @@ def status_of(error: JengineError) -> tuple[grpc.StatusCode, str]:
 
 def status_details(code: grpc.StatusCode, reason: str, error: JengineError) -> bytes:
     """A serialised google.rpc.Status for the trailer."""
-    status = status_pb2.Status(code=_number(code), message=str(error))
+    status = status_pb2.Status(code=_number(code), message=shortened(str(error)))
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN)]
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.message
+            field=shortened(error.field), description=shortened(error.message)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, (QueueFullError, EngineDrainingError, EngineLoadingError)):

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from jengine.server import inference_service, vllm_service
+from jengine.server.grpc_decoding import DecodingInterceptor
 from jengine.server.metrics import ThroughputMeter
 from jengine.server.proto import engine_pb2_grpc
 from jengine.server.settings import ServerSettings
@@ -27,7 +28,10 @@ class GrpcServer:
 
     def __init__(self, state: ServerState, meter: ThroughputMeter) -> None:
         settings = state.settings
-        interceptors = [KeyInterceptor(settings.api_keys)] if settings.api_keys else []
+        # The first is asked first: without a key nothing is decoded.
+        interceptors: list[grpc.aio.ServerInterceptor] = [DecodingInterceptor()]
+        if settings.api_keys:
+            interceptors.insert(0, KeyInterceptor(settings.api_keys))
         self._server = grpc.aio.server(
             interceptors=interceptors, options=channel_options(settings.max_grpc_message_bytes)
         )

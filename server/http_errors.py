@@ -21,6 +21,7 @@ from jengine.errors import (
     ModelNotFoundError,
     QueueFullError,
     UnsupportedError,
+    shortened,
 )
 from jengine.server.openai_protocol import ErrorBody, ErrorResponse
 from jengine.server.state import EngineLoadingError, new_request_id
@@ -53,7 +54,9 @@ def error_body(
     status: int, message: str, kind: str = "", param: str | None = None
 ) -> ErrorResponse:
     kind = kind or _TYPES.get(HTTPStatus(status), "BadRequestError")
-    return ErrorResponse(ErrorBody(message=message, type=kind, param=param, code=int(status)))
+    param = None if param is None else shortened(param)
+    body = ErrorBody(message=shortened(message), type=kind, param=param, code=int(status))
+    return ErrorResponse(body)
 
 
 def describe(error: Exception) -> tuple[ErrorResponse, int]:

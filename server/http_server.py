@@ -13,7 +13,7 @@ import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -21,6 +21,7 @@ from jengine import __version__
 from jengine.server.http_errors import HANDLERS, error_body, json_response
 from jengine.server.http_io import CLIENT_CLOSED_REQUEST, ClientGoneError
 from jengine.server.http_middleware import CountMiddleware, KeyMiddleware, LimitMiddleware
+from jengine.server.http_protocol import guarded
 from jengine.server.http_text import detokenize, tokenize, tokenizer_info
 from jengine.server.openai_chat import chat_completions
 from jengine.server.openai_completions import completions
@@ -55,7 +56,8 @@ def create_app(state: ServerState) -> Starlette:
     if settings.api_keys:
         middleware.append(Middleware(KeyMiddleware, keys=settings.api_keys))
     middleware.append(Middleware(LimitMiddleware, max_body_bytes=settings.max_body_bytes))
-    handlers = {**HANDLERS, ClientGoneError: on_client_gone}
+    # The second is Starlette's, for a client that leaves within its body.
+    handlers = {**HANDLERS, ClientGoneError: on_client_gone, ClientDisconnect: on_client_gone}
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
     app.state.server = state
     return app
@@ -78,6 +80,8 @@ class HttpServer:
                 access_log=False,
                 server_header=False,
                 lifespan="off",
+                http=guarded(settings.arrival_timeout, settings.unread_timeout),
+                ws="none",
                 root_path=settings.root_path,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=GRACEFUL_SECONDS,

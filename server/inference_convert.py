@@ -9,6 +9,7 @@ from jengine.errors import InvalidRequestError
 from jengine.outputs import CompletionOutput, PositionLogprobs, RequestOutput, RequestTimings
 from jengine.request import RequestOutputKind, SamplingParams
 from jengine.server.proto import engine_pb2
+from jengine.server.request_limits import check_template_variables
 from jengine.structured_outputs import StructuredOutputsParams
 
 _OPTIONAL_FIELDS = (
@@ -26,6 +27,7 @@ _OPTIONAL_FIELDS = (
     *("logprobs", "prompt_logprobs", "truncate_prompt_tokens", "skip_special_tokens"),
     "spaces_between_special_tokens",
 )
+TEMPLATE_FIELD = "chat_template_kwargs_json"
 _REPEATED_FIELDS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
 
 _REASONS = {
@@ -93,10 +95,13 @@ def to_template_kwargs(text: str) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidRequestError("chat_template_kwargs_json", f"is not JSON: {error}") from None
+    except RecursionError:
+        raise InvalidRequestError(TEMPLATE_FIELD, "is nested too deeply") from None
+    except ValueError as error:
+        raise InvalidRequestError(TEMPLATE_FIELD, f"is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InvalidRequestError("chat_template_kwargs_json", "must be a JSON object")
+        raise InvalidRequestError(TEMPLATE_FIELD, "must be a JSON object")
+    check_template_variables(TEMPLATE_FIELD, value)
     return value
 
 

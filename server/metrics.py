@@ -98,6 +98,12 @@ class ServerMetrics:
             (*ENGINE_LABELS, "endpoint"),
             registry=self.registry,
         )
+        self.stalled = Counter(
+            "jengine:requests_stalled",
+            "Requests ended because their client read nothing.",
+            (*ENGINE_LABELS, "endpoint"),
+            registry=self.registry,
+        )
         self.http_requests = Counter(
             "http_requests",
             "HTTP requests.",
@@ -124,6 +130,9 @@ class ServerMetrics:
 
     def cancel(self, endpoint: str) -> None:
         self.cancelled.labels(**self._labels, endpoint=endpoint).inc()
+
+    def stall(self, endpoint: str) -> None:
+        self.stalled.labels(**self._labels, endpoint=endpoint).inc()
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

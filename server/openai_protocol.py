@@ -15,11 +15,9 @@ import msgspec
 from jengine.errors import InvalidRequestError
 from jengine.request import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from jengine.server.openai_constraints import constraint_field, read_constraint
+from jengine.server.request_limits import check_template_variables
 
 COMPLETION_MAX_TOKENS = 16
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256
-MAX_LOGIT_BIAS = 1024
 MAX_PROMPTS = 128
 MAX_CHOICES = 128  # prompts times n
 MAX_MESSAGES = 2048
@@ -103,16 +101,6 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
                 raise InvalidRequestError(name, "is not supported by this server")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options", "is only allowed with stream=true")
-        stops = [self.stop] if isinstance(self.stop, str) else (self.stop or [])
-        if len(stops) > MAX_STOP_STRINGS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
-            raise InvalidRequestError(
-                "stop", f"at most {MAX_STOP_STRINGS} strings of {MAX_STOP_LENGTH} characters"
-            )
-        if len(self.logit_bias or ()) > MAX_LOGIT_BIAS:
-            raise InvalidRequestError("logit_bias", f"at most {MAX_LOGIT_BIAS} entries")
-        for value in (self.logit_bias or {}).values():
-            if not -100.0 <= value <= 100.0:
-                raise InvalidRequestError("logit_bias", f"must be in [-100, 100], got {value}")
 
     @property
     def constraint_field(self) -> str:
@@ -243,14 +231,6 @@ class Message(msgspec.Struct):
         return result
 
 
-# Arguments of the renderer itself; letting a request set them has let requests block servers
-# (CVE-2025-62426).
-RESERVED_TEMPLATE_NAMES = frozenset(
-    {"messages", "tools", "tokenize", "chat_template", "add_generation_prompt"}
-    | {"continue_final_message", "documents"}
-)
-
-
 class ChatRequest(SamplingRequest, kw_only=True):
     """POST /v1/chat/completions."""
 
@@ -309,11 +289,7 @@ class ChatRequest(SamplingRequest, kw_only=True):
             raise InvalidRequestError(
                 "chat_template", "requests may not bring templates (--trust-request-chat-template)"
             )
-        reserved = RESERVED_TEMPLATE_NAMES.intersection(self.chat_template_kwargs or ())
-        if reserved:
-            raise InvalidRequestError(
-                "chat_template_kwargs", f"may not set {', '.join(sorted(reserved))}"
-            )
+        check_template_variables("chat_template_kwargs", self.chat_template_kwargs)
 
     def template_arguments(self) -> dict[str, Any]:
         """Arguments of `AsyncEngine.render_chat` after the messages."""

@@ -22,6 +22,8 @@ class ServerSettings:
     grpc_reflection: bool = True
     max_body_bytes: int = 32 * MIB
     max_grpc_message_bytes: int = 64 * MIB  # one million token ids are 3 MB
+    arrival_timeout: float = 60.0  # seconds in which an HTTP request must have arrived
+    unread_timeout: float = 60.0  # a client that reads nothing for so long loses its request
     shutdown_timeout: float = 30.0
     dead_linger: float = 5.0  # a dead engine is reported this long before the process exits
     ping_seconds: float = 15.0  # an event stream that is silent this long gets a comment line
@@ -36,5 +38,9 @@ class ServerSettings:
             raise ValueError("nothing to serve: both HTTP and gRPC are off")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("--ssl-keyfile and --ssl-certfile go together")
+        for name in ("arrival_timeout", "unread_timeout"):
+            if getattr(self, name) <= 0:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be > 0, got {getattr(self, name)}")
         if self.shutdown_timeout < 0:
             raise ValueError(f"--shutdown-timeout must be >= 0, got {self.shutdown_timeout}")

@@ -53,6 +53,8 @@ class ServerState:
     num_active: int = 0  # requests inside `tracking.tracked`
     last_receive_time: float = 0.0
     started_at: float = field(default_factory=time.monotonic)
+    # Outputs on their way to clients, by a key of `tracked`: since when, request id, endpoint.
+    unread: dict[int, tuple[float, str, str]] = field(default_factory=dict)
 
     @property
     def status(self) -> Status:
@@ -80,6 +82,16 @@ class ServerState:
         if self.status is Status.DRAINING:
             raise EngineDrainingError("the server is shutting down")
         return engine
+
+    async def end_unread(self) -> None:
+        """Abort requests that the client has left unread for too long: what they have made is kept
+        for it, their pages are for others."""
+        oldest = time.monotonic() - self.settings.unread_timeout
+        for key, (since, request_id, endpoint) in list(self.unread.items()):
+            if since < oldest and self.engine is not None:
+                del self.unread[key]
+                self.metrics.stall(endpoint)
+                await self.engine.abort(request_id)
 
     @property
     def model_name(self) -> str:

@@ -15,6 +15,7 @@ from jengine.input_processor import TokensPrompt
 from jengine.outputs import RequestOutput
 from jengine.request import RequestOutputKind, SamplingParams
 from jengine.server.metrics import ServerMetrics
+from jengine.server.request_limits import check_sizes
 from jengine.server.state import ServerState
 from jengine.structured_outputs import FIELD
 
@@ -46,14 +47,15 @@ async def tracked(
     prompt = TokensPrompt(prompt_token_ids=submission.prompt_token_ids)
     if submission.prompt is not None:
         prompt["prompt"] = submission.prompt
-    record = RequestRecord(submission)
+    record, request_id = RequestRecord(submission), submission.request_id
     state.num_active += 1
     state.last_receive_time = time.time()
     try:
+        check_sizes(submission.sampling, submission.cache_salt, engine.model_info.vocab_size)
         outputs = engine.generate(
             prompt,
             submission.sampling,
-            submission.request_id,
+            request_id,
             priority=submission.priority,
             cache_salt=submission.cache_salt,
             deadline=submission.deadline,
@@ -63,7 +65,10 @@ async def tracked(
         async with aclosing(outputs):
             async for output in outputs:
                 record.add(output, state.metrics)
+                if not output.finished:
+                    state.unread[id(record)] = time.monotonic(), request_id, submission.endpoint
                 yield output
+                state.unread.pop(id(record), None)
     except InvalidRequestError as error:
         record.error = type(error).__name__
         if submission.constraint_field and error.field.startswith(FIELD):
@@ -74,6 +79,7 @@ async def tracked(
         raise
     finally:
         state.num_active -= 1
+        state.unread.pop(id(record), None)
         record.close(state.metrics, log=state.settings.log_requests)
 
 

@@ -2,7 +2,8 @@
 without asking the host.
 """
 
-from jengine.errors import InvalidRequestError
+from jengine.config import SchedulerConfig
+from jengine.errors import InvalidRequestError, QueueFullError
 from jengine.request import FinishReason, Request
 
 
@@ -28,6 +29,25 @@ def check_fits(request: Request, max_model_len: int, max_kv_tokens: int) -> None
             "max_tokens",
             f"{num_prompt_tokens} prompt tokens leave room for "
             f"{max_kv_tokens - num_prompt_tokens + 1} in the KV cache, which holds {max_kv_tokens}",
+        )
+
+
+def check_queue(
+    request: Request, config: SchedulerConfig, num_waiting: int, num_waiting_tokens: int
+) -> None:
+    """Raise `QueueFullError` if the request may not wait with those that do.
+
+    The bound of tokens is none for the first: refused once, a long prompt would be refused for
+    ever.
+    """
+    if num_waiting >= config.max_num_waiting:
+        raise QueueFullError(f"{num_waiting} requests are waiting, which is the limit")
+    limit = config.max_num_waiting_tokens
+    num_tokens = num_waiting_tokens + request.num_prompt_tokens
+    if limit is not None and num_waiting and num_tokens > limit:
+        raise QueueFullError(
+            f"{num_waiting_tokens} prompt tokens are waiting; with {request.num_prompt_tokens} "
+            f"more they pass the limit of {limit}"
         )
 
 

@@ -9,13 +9,19 @@ from msgspec.structs import replace
 from jengine.config import SchedulerConfig
 from jengine.core.held import HeldRequests
 from jengine.core.kv_manager import KVManager, PageTables
-from jengine.core.limits import check_fits, finish_reason, max_num_tokens, num_decodes_ahead
+from jengine.core.limits import (
+    check_fits,
+    check_queue,
+    finish_reason,
+    max_num_tokens,
+    num_decodes_ahead,
+)
 from jengine.core.page_pool import IntegrityError
 from jengine.core.plan import RequestUpdate, ScheduledRequest, StepPlan, StepResult
 from jengine.core.prompt_logprobs import PromptLogprobs
 from jengine.core.queue import build_queue, precedence
 from jengine.core.stats import SchedulerStats
-from jengine.errors import DuplicateRequestError, QueueFullError
+from jengine.errors import DuplicateRequestError
 from jengine.request import FinishReason, Request, RequestStatus
 
 
@@ -94,8 +100,7 @@ class Scheduler:
             self._max_model_len,
             self._kv.max_request_tokens(self._config.max_num_batched_tokens),
         )
-        if len(self._waiting) >= self._config.max_num_waiting:
-            raise QueueFullError(f"{len(self._waiting)} requests are waiting, which is the limit")
+        check_queue(request, self._config, len(self._waiting), self._stats.num_waiting_tokens)
         self._requests[request.request_id] = request
         self._waiting.push(request)
         self._stats.num_waiting_tokens += request.num_prompt_tokens

@@ -61,12 +61,16 @@ def render_chat(
             "cannot be combined with add_generation_prompt: one opens a new message",
         )
     compiled, takes_parts = _compile(template)
-    chat = normalise_messages(messages, takes_parts=takes_parts)
+    try:
+        chat = normalise_messages(messages, takes_parts=takes_parts)
+        tools = normalise_tools(tools)
+    except RecursionError:
+        raise InvalidRequestError("messages", "are nested too deeply") from None
     final = _mark_final(chat) if continue_final_message else None
     values = {
         **(variables or {}),
         "messages": chat,
-        "tools": normalise_tools(tools),
+        "tools": tools,
         "documents": (variables or {}).get("documents"),
         "add_generation_prompt": add_generation_prompt,
     }

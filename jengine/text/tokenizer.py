@@ -30,6 +30,9 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
+# Only the library's methods for batches release the interpreter lock: one million characters would
+# stop every stream of a server for seconds. For short texts they are slower.
+LONG_CHARS = 2048
 DEFAULT_TEMPLATE = "default"
 TOOL_TEMPLATE = "tool_use"
 # By `model_type`: what renders conversations of models that come without a template.
@@ -96,6 +99,11 @@ class Tokenizer:
         """Token ids. Special tokens written out in the text become the special tokens, as with
         Hugging Face.
         """
+        if len(text) > LONG_CHARS:
+            batch = self.backend.encode_batch_fast(
+                [_encodable(text)], add_special_tokens=add_special_tokens
+            )
+            return batch[0].ids
         return self.backend.encode(_encodable(text), add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -114,6 +122,7 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
+        /,
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,

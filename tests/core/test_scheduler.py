@@ -154,6 +154,17 @@ class TestRefusal:
         add(scheduler, "c", 2)
         assert scheduler.stats().num_waiting_tokens == 2
 
+    def test_a_bound_of_waiting_tokens(self) -> None:
+        scheduler = make_scheduler(max_num_waiting_tokens=10)
+        add(scheduler, "long", 14)  # alone it may wait, or it never could
+        with pytest.raises(QueueFullError, match="14 prompt tokens are waiting; with 1 more"):
+            add(scheduler, "short", 1)
+        plan_of(scheduler)
+        add(scheduler, "a", 8)
+        add(scheduler, "b", 2)
+        with pytest.raises(QueueFullError, match="the limit of 10"):
+            add(scheduler, "c", 1)
+
 
 class TestPreemption:
     def test_newest_gives_way_and_keeps_its_tokens(self) -> None:

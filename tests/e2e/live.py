@@ -67,15 +67,24 @@ class LiveServer:
         lines = get(self.http + "/metrics")[1].splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
 
+    def resident_bytes(self) -> int:
+        """Memory of the server's process and its engine core's."""
+        pages = sum(
+            int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            for pid in (self.process.pid, self.core_pid())
+        )
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
     def log_records(self) -> list[dict[str, Any]]:
         lines = self.log.read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 @contextmanager
-def live_server(log: Path, *flags: str) -> Iterator[LiveServer]:
+def live_server(log: Path, *flags: str, model: str = MODEL) -> Iterator[LiveServer]:
+    """`flags` come after `FLAGS`, and win."""
     http_port, grpc_port = free_port(), free_port()
-    command = [sys.executable, "-m", "jengine.server", "serve", MODEL, *FLAGS, *flags]
+    command = [sys.executable, "-m", "jengine.server", "serve", model, *FLAGS, *flags]
     command += ["--port", str(http_port), "--grpc-port", str(grpc_port)]
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -3,6 +3,7 @@ relatives.
 """
 
 import json
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -413,3 +414,24 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], message: str) -
 def test_named_templates_in_gguf() -> None:
     metadata = {**tokenizer_metadata(), "tokenizer.chat_template.tool_use": "T"}
     assert Tokenizer.from_gguf(metadata).templates == {"default": CHAT_TEMPLATE, "tool_use": "T"}
+
+
+def test_long_texts_do_not_hold_the_interpreter_lock(folder: Path) -> None:
+    """One million characters would stop every stream of a server for seconds."""
+    tokenizer = Tokenizer.from_folder(folder)
+    text = "a b " * 100_000
+    num_turns, is_over = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal num_turns
+        while not is_over.wait(0.001):
+            num_turns += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    ids = tokenizer.encode(text)
+    is_over.set()
+    turns = num_turns
+    thread.join()
+    assert turns >= 5  # one or two, if the thread had to wait for the lock
+    assert ids == tokenizer.backend.encode(text).ids
