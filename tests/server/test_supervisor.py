@@ -113,6 +113,7 @@ def test_one_death_ends_all_and_the_others_drain(echo_model: Path, in_repo: None
         assert not Path(f"/proc/{survivor['pid']}").exists()
 
 
+@pytest.mark.slow
 def test_a_replica_is_replaced_while_the_other_serves(
     echo_model: Path, in_repo: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

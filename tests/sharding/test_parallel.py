@@ -138,6 +138,7 @@ def test_experts_are_shared_out(tmp_path: Path) -> None:
     assert collectives(driver, "3x3") == {"all-reduce": 3, "all-gather": 1}
 
 
+@pytest.mark.slow  # 8 s; its parts are in other tests
 def test_shared_experts_and_latents(tmp_path: Path) -> None:
     """DeepSeek-V3 over two ranks, each with half of the experts: shared ones are summed with the
     routed ones, and every rank keeps all latents.
