@@ -361,6 +361,9 @@ class Request:
     def output_token_ids(self) -> list[int]:
         return self.token_ids[len(self.prompt_token_ids) :]
 
+    def finish(self, reason: FinishReason, now: float) -> None:
+        self.status, self.finish_reason, self.finish_time = RequestStatus.FINISHED, reason, now
+
     @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED

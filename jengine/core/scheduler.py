@@ -95,11 +95,8 @@ class Scheduler:
         if request.request_id in self._requests:
             raise DuplicateRequestError(f"request {request.request_id!r} is already in flight")
         request.max_num_tokens = max_num_tokens(request, self._max_model_len)
-        check_fits(
-            request,
-            self._max_model_len,
-            self._kv.max_request_tokens(self._config.max_num_batched_tokens),
-        )
+        max_kv_tokens = self._kv.max_request_tokens(self._config.max_num_batched_tokens)
+        check_fits(request, self._max_model_len, max_kv_tokens)
         check_queue(request, self._config, len(self._waiting), self._stats.num_waiting_tokens)
         self._requests[request.request_id] = request
         self._waiting.push(request)
@@ -112,8 +109,7 @@ class Scheduler:
         now = time.time()
         finished = []
         for request_id in request_ids:
-            request = self._requests.get(request_id)
-            if request is not None:
+            if (request := self._requests.get(request_id)) is not None:
                 self._finish(request, reason, now)
                 finished.append(request)
         self._drop_finished(bool(finished))
@@ -369,8 +365,7 @@ class Scheduler:
             request.first_token_time = now
         for count, token_id in enumerate(token_ids, start=1):
             request.token_ids.append(token_id)
-            reason = finish_reason(request, token_id)
-            if reason is not None:
+            if (reason := finish_reason(request, token_id)) is not None:
                 self._finish(request, reason, now)
                 token_ids = token_ids[:count]
                 break
@@ -390,9 +385,7 @@ class Scheduler:
         else:
             self._waiting.remove(request)
             self._stats.num_waiting_tokens -= request.num_prompt_tokens
-        request.status = RequestStatus.FINISHED
-        request.finish_reason = reason
-        request.finish_time = now
+        request.finish(reason, now)
         del self._requests[request.request_id]
         self._prompt_logprobs.forget(request.request_id)
 

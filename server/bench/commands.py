@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jengine.server.cli_options import EngineFlags, takes
+from jengine.server.cli_options import EngineFlags
+from jengine.server.flag_groups import takes
 
 if TYPE_CHECKING:
     from jengine.server.bench.prompts import Sample

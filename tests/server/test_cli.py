@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from jengine.config import EngineConfig
 from jengine.server import __main__ as cli
 from jengine.server import logs, vllm_flags
-from jengine.server.cli_options import EngineFlags, ServerFlags, takes
+from jengine.server.cli_options import EngineFlags, ServerFlags
+from jengine.server.flag_groups import takes
 from jengine.server.settings import ServerSettings
 from tests.oracles.dummy_model import write_dummy_model
 from tests.server.harness import RunningServer

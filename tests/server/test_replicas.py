@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from jengine.errors import ConfigurationError
 from jengine.server import __main__ as cli
 from jengine.server import replica_flags
-from jengine.server.cli_options import EngineFlags, ServerFlags, takes
+from jengine.server.cli_options import EngineFlags, ServerFlags
+from jengine.server.flag_groups import takes
 from jengine.server.replica_flags import ReplicaFlags, command_maker
 from jengine.server.replicas import Replica, SupervisorSettings, plan_replicas
 from jengine.server.settings import ServerSettings
