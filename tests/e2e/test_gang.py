@@ -135,7 +135,8 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         return answers(url)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
 def test_several_processes_answer_as_one_does_and_drain(
     size: int, folder: Path, alone: list[Any], tmp_path: Path
 ) -> None:

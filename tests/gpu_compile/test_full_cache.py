@@ -18,6 +18,7 @@ CONFIG = LLAMA_8B | {"num_hidden_layers": 2}
 FULL = 1 << 20  # pages of 2 layers: 64 GiB
 
 
+@pytest.mark.slow
 def test_a_full_cache_adds_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = compile_step(CONFIG, 8, 8, tmp_path / "few")
     monkeypatch.setattr(h100, "NUM_PAGES", FULL)

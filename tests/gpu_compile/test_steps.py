@@ -170,7 +170,13 @@ def test_a_prefill_step_needs_little_memory(prefill: Step) -> None:
 
 @pytest.mark.parametrize(
     ("family", "seqs"),
-    [("llama", 1), ("llama", SEQS), ("qwen3", SEQS), ("qwen3-moe", SEQS), ("deepseek-v2", SEQS)],
+    [
+        pytest.param("llama", 1, marks=pytest.mark.slow),
+        ("llama", SEQS),
+        pytest.param("qwen3", SEQS, marks=pytest.mark.slow),
+        ("qwen3-moe", SEQS),
+        ("deepseek-v2", SEQS),
+    ],
 )
 def test_kernels_of_a_layer(family: str, seqs: int, tmp_path: Path) -> None:
     """With cuBLAS for products, also of one row: untuned, XLA's own ones are split and added up in

@@ -19,6 +19,7 @@ from jengine.layers.param import abstract_parameters
 from jengine.llm import LLM
 from jengine.models.registry import resolve_architecture
 from jengine.request import SamplingParams
+from tests.models.cases import by_default
 from tests.oracles.tiny_llama import make_tiny_llama
 
 pytest.importorskip("torch")
@@ -66,7 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_default(CASES, "v2-lite", "v3", "v2-groups-q-lora"))
 def test_logits_and_experts_match_transformers(
     name: str, tmp_path: Path, routed: list[tuple[int, np.ndarray]]
 ) -> None:

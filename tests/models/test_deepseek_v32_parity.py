@@ -18,6 +18,7 @@ from jengine.layers.param import abstract_parameters
 from jengine.llm import LLM
 from jengine.models.registry import resolve_architecture
 from jengine.request import SamplingParams
+from tests.models.cases import by_default
 from tests.oracles.tiny_llama import make_tiny_llama
 
 pytest.importorskip("torch")
@@ -128,7 +129,7 @@ def as_mask(slots_Tk: np.ndarray) -> np.ndarray:
     return chosen
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_default(CASES, "v32", "glm"))
 def test_logits_tokens_and_experts_match_transformers(
     name: str, tmp_path: Path, recorded: Callable[[Any, str, int | None], Seen]
 ) -> None:

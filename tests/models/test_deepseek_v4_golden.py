@@ -72,7 +72,7 @@ def serve(driver: Driver, requests: Sequence[Request]) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.slow  # drafts are compared so by default, and what they are made of
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tinyA", "tinyB"])
 def test_logits_among_unequal_requests_and_from_the_prefix_cache(name: str) -> None:
     """Prompts of 1 to L tokens of both texts, cut by a small budget and mixed with each other; then

@@ -18,7 +18,7 @@ from tests.oracles.deepseek_v4 import GOLDEN, golden
 from tests.oracles.driver import Driver
 
 TOLERANCE = 1e-4
-NAMES = ("tinyA", pytest.param("tinyB", marks=pytest.mark.slow))
+NAMES = ("tinyA", "tinyB")
 ONE = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 
@@ -93,6 +93,7 @@ class Drafter:
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_drafts_match_however_their_texts_are_cut_and_mixed(name: str) -> None:
     """Prompts one token short of the golden texts, whole or cut by a budget, together; then what

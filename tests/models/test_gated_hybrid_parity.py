@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.models.cases import by_default
 from tests.oracles.driver import Driver
 from tests.oracles.tiny_llama import make_tiny_llama
 
@@ -73,7 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_default(CASES, "qwen3-next", "qwen3.5", "qwen3.5-moe"))
 def test_logits_and_experts_match_transformers(
     name: str, tmp_path: Path, routed: list[tuple[int, np.ndarray]]
 ) -> None:
@@ -100,7 +101,8 @@ def test_logits_and_experts_match_transformers(
     check_bfloat16(driver.loaded.checkpoint.hf_config)
 
 
-@pytest.mark.parametrize("name", ["qwen3-next", "qwen3.5"])  # experts and none; 5 to 10 s each
+@pytest.mark.slow  # 5 to 10 s each
+@pytest.mark.parametrize("name", ["qwen3-next", "qwen3.5"])  # experts and none
 def test_bits_do_not_depend_on_the_bucket(name: str, tmp_path: Path) -> None:
     """The same cuts in steps of other shapes, a lone decode among them."""
     hf_model = make_tiny_llama(tmp_path, **CASES[name])

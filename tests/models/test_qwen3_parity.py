@@ -12,6 +12,7 @@ from jengine.input_processor import TokensPrompt
 from jengine.llm import LLM
 from jengine.models.qwen3 import Qwen3Config
 from jengine.request import SamplingParams
+from tests.models.cases import by_default
 from tests.oracles.driver import Driver
 from tests.oracles.dummy_model import write_dummy_model
 from tests.oracles.gguf_files import write_llama_gguf
@@ -50,7 +51,7 @@ def text(vocab_size: int) -> list[int]:
     return np.random.default_rng(0).integers(3, vocab_size, LENGTH).tolist()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", by_default(CONFIGS, "head-dim", "bias", "tied"))
 def test_logits_match_transformers(name: str, tmp_path: Path) -> None:
     hf_model = make_tiny_llama(tmp_path, family="Qwen3", **CONFIGS[name])
     driver = Driver(tmp_path, max_model_len=64)
