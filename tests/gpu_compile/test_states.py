@@ -27,8 +27,9 @@ def test_decode_steps_are_one_graph_in_place(tmp_path: Path, max_steps: int) -> 
     program = compile_step(QWEN35_2B, SEQS, SEQS, tmp_path, max_steps)
     assert program.top_level == ["kCommandBuffer"]
     check_is_in_place(program)
-    # The states of the sequences are gathered before they are written back.
-    assert program.temp_bytes <= SEQS * STATE_BYTES + 4 * LOGITS_BYTES + 8 * MIB
+    # The states of the sequences are gathered before they are written back; the logits, three more
+    # of their size while they are sampled, and what is lost between such blocks.
+    assert program.temp_bytes <= SEQS * STATE_BYTES + 5 * LOGITS_BYTES + 8 * MIB
 
 
 def test_a_prefill_step_is_in_place(tmp_path: Path) -> None:
