@@ -67,7 +67,10 @@ def compiled(
     return Step(config, seqs, compile_step(config, tokens, seqs, folder, max_steps, **options))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=pytest.mark.slow) if f == "qwen3" else f for f in FAMILIES],
+)
 def decode(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Step:
     return compiled(tmp_path_factory.mktemp("decode"), request.param, 2, SEQS, SEQS)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jengine.request import Request, SamplingParams
+from tests.models.cases import by_default
 from tests.oracles.driver import Driver
 from tests.oracles.tiny_llama import make_tiny_llama
 
@@ -73,7 +74,9 @@ def expected_logits(hf_model, token_ids: list[int]) -> np.ndarray:
         return hf_model(torch.tensor([token_ids])).logits[0].float().numpy()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", by_default(CONFIGS, "gqa-2", "untied-bias", "head-dim", "rope-llama3", "rope-yarn")
+)
 def test_logits_match_transformers(name: str, tmp_path: Path) -> None:
     hf_model = make_tiny_llama(tmp_path, **CONFIGS[name])
     # "dynamic" stretches to the length of the whole text there, to max_model_len here.
