@@ -51,9 +51,9 @@ def test_a_step_that_sees_its_neighbours_fails(
 ) -> None:
     """Logits with a trace of how many sequences there are: no token changes, bits do."""
 
-    def logprobs(logits_SV: jax.Array, *rest: Any) -> sampling.Logprobs:
+    def logprobs(logits_SV: jax.Array, *rest: Any, **options: Any) -> sampling.Logprobs:
         trace = jnp.float32(1e-4 * (logits_SV.shape[0] - 1))
-        return sampling.logprobs(logits_SV * (1.0 + trace), *rest)
+        return sampling.logprobs(logits_SV * (1.0 + trace), *rest, **options)
 
     monkeypatch.setattr(step, "logprobs", logprobs)
     engines = list(determinism._engines(config))
