@@ -1,6 +1,5 @@
 """One engine over several real processes: it answers as one process does, and ends as a whole."""
 
-import json
 import os
 import signal
 import subprocess
@@ -50,23 +49,19 @@ class Process:
             pytest.fail(f"has not ended after {seconds} s:\n{self.log.read_text()[-3000:]}")
 
 
-def command(
-    folder: Path, rank: int, size: int, port: int, http: int, host: str = "127.0.0.1"
-) -> list[str]:
+def command(folder: Path, rank: int, size: int, port: int, http: int) -> list[str]:
     words = [sys.executable, "-m", "jengine.server", "serve", str(folder)]
     words += ["--dtype", "float32", "--served-model-name", "tiny", "--max-num-seqs", "4"]
     words += ["--max-num-batched-tokens", "32", "--num-gpu-blocks-override", "48", "--no-grpc"]
     words += ["--max-model-len", "256", "--tensor-parallel-size", str(size), "--port", str(http)]
     if size > 1:
         words += ["--nnodes", str(size), "--node-rank", str(rank)]
-        words += ["--master-addr", host, "--master-port", str(port)]
+        words += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     return words
 
 
 @contextmanager
-def gang(
-    folder: Path, tmp: Path, size: int, prefixes: Sequence[Sequence[str]] = (), host: str = ""
-) -> Iterator[tuple[list[Process], str]]:
+def gang(folder: Path, tmp: Path, size: int) -> Iterator[tuple[list[Process], str]]:
     """Processes of one engine, and the leader's URL. Whatever is left is killed at the end."""
     port, http = free_port(), free_port()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JENGINE_CACHE": str(tmp / "cache")}
@@ -74,12 +69,11 @@ def gang(
     processes: list[Process] = []
     try:
         for rank in range(size):
-            words = command(folder, rank, size, port, http, host or "127.0.0.1")
+            words = command(folder, rank, size, port, http)
             log = tmp / f"rank{rank}.log"
             with log.open("wb") as out:
                 popen = subprocess.Popen(
-                    [*(prefixes[rank] if prefixes else ()), *words],
-                    cwd=REPO, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+                    words, cwd=REPO, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
                     start_new_session=True,
                 )  # fmt: skip
             processes.append(Process(popen, log))
@@ -205,41 +199,3 @@ def test_other_flags_are_refused(folder: Path, tmp_path: Path) -> None:
     finally:
         for popen in popens:
             popen.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
-def test_in_separate_network_namespaces(folder: Path, alone: list[Any], tmp_path: Path) -> None:
-    names, addresses = ("jgang0", "jgang1"), ("10.231.7.1", "10.231.7.2")
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True)
-
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "jgv0", "netns", names[0], "type", "veth",
-           "peer", "name", "jgv1", "netns", names[1])  # fmt: skip
-        for i, (name, address) in enumerate(zip(names, addresses, strict=True)):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"jgv{i}")
-            ip("-n", name, "link", "set", f"jgv{i}", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        prefixes = [["ip", "netns", "exec", name] for name in names]
-        with gang(folder, tmp_path, 2, prefixes, addresses[0]) as (processes, url):
-            asked = subprocess.run(
-                [*prefixes[0], sys.executable, "-c", ASK, url], cwd=REPO, capture_output=True,
-                text=True, timeout=START_SECONDS,
-            )  # fmt: skip
-            assert asked.returncode == 0, asked.stderr + processes[0].log.read_text()[-2000:]
-            assert json.loads(asked.stdout) == json.loads(json.dumps(alone))
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False)
-
-
-ASK = """
-import json, sys
-from tests.e2e.test_gang import answers, wait_ready
-wait_ready([], sys.argv[1])
-print(json.dumps(answers(sys.argv[1])))
-"""
