@@ -73,8 +73,8 @@ def gang(folder: Path, tmp: Path, size: int) -> Iterator[tuple[list[Process], st
             log = tmp / f"rank{rank}.log"
             with log.open("wb") as out:
                 popen = subprocess.Popen(
-                    words, cwd=REPO, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-                    start_new_session=True,
+                    words, cwd=REPO, env=environment, stdout=out, stderr=out,
+                    stdin=subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
             processes.append(Process(popen, log))
         yield processes, f"http://127.0.0.1:{http}"
