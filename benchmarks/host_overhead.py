@@ -34,7 +34,7 @@ from jengine.output_processor import OutputProcessor
 from jengine.protocol import CoreRequest, FromCore, StepOutputs
 from jengine.request import Request, RequestOutputKind, SamplingParams
 from jengine.runtime.buckets import Bucket
-from jengine.runtime.runner import load_runner
+from jengine.runtime.start import load_runner
 
 PAGE_SIZE = 16
 PROMPT_TOKENS = 512

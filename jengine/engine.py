@@ -136,7 +136,8 @@ class EngineCore:
         config, phases = self._config, Phases()
         cluster = None if config.gang is None else join_world(config.gang)
         started = start_runner(config, phases, self._own, cluster)
-        self._leader, self._model = started.leader, started.model
+        self._leader = started.gang if isinstance(started.gang, Leader) else None
+        self._model = started.model
         runner, model = started.runner, started.model
         self.attach(runner, f"{model.checkpoint.name}/{model.cfg.dtype}/{runner.groups}")
         self._emit(

@@ -30,8 +30,8 @@ def _follow(config: EngineConfig) -> None:
     cluster = join_world(config.gang)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    started = start_runner(config, Phases(), lambda close: None, cluster)
-    if not isinstance(started.channel, FollowerChannel):
+    started = start_runner(config, Phases(), cluster=cluster)
+    if not isinstance(started.gang, FollowerChannel):
         raise ValueError(f"rank {cluster.process_id} of {cluster.num_processes} leads")
     log.info("following: rank %d of %d", cluster.process_id, cluster.num_processes)
-    follow(started.runner, started.channel)
+    follow(started.runner, started.gang)

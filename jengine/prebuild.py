@@ -7,15 +7,9 @@ import dataclasses
 from jengine.config import EngineConfig
 from jengine.layers.param import abstract_parameters
 from jengine.loading.dummy import dummy_programs
-from jengine.models.loader import open_model
-from jengine.runtime.blueprint import (
-    draw_blueprint,
-    dummy_compiler,
-    open_artifacts,
-)
-from jengine.runtime.memory import open_devices
+from jengine.runtime.blueprint import dummy_compiler
 from jengine.runtime.programs import Prepared
-from jengine.sharding.placement import Placement
+from jengine.runtime.start import open_engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +29,12 @@ def prebuild(config: EngineConfig) -> Prebuilt:
         config.compile, background_compile=False, keep_executables=True
     )
     config = dataclasses.replace(config, compile=compile_config)
-    devices, device_memory = open_devices(config.cache, config.parallel.num_ranks)
-    model = open_model(config)
-    placement = Placement(model.split, devices)
-    artifacts = open_artifacts(config, placement)
+    opened = open_engine(config)
+    model, artifacts = opened.model, opened.artifacts
     if model.checkpoint.tensors is None:
         draws = dummy_compiler(artifacts, model.split)
-        dummy_programs(abstract_parameters(model.module), placement, draws, model.cuts)
-    blueprint = draw_blueprint(config, model, placement, device_memory, artifacts)
+        dummy_programs(abstract_parameters(model.module), opened.placement, draws, model.cuts)
+    blueprint = opened.draw()
     blueprint.load()
     blueprint.compile()
     executables = list(blueprint.programs.prepared.values())

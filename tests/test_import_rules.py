@@ -66,7 +66,6 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
             "jengine.core",
             "jengine.models",
             "jengine.grammar",
-            "jengine.sharding.placement",
             COMPAT,
         }
     ),
@@ -74,10 +73,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "jengine.prebuild": frozenset(
         {
             "jengine.runtime",
-            "jengine.models",
             "jengine.loading",
             "jengine.layers.param",
-            "jengine.sharding.placement",
         }
     ),
 }

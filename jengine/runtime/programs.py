@@ -3,6 +3,7 @@ Compiled ahead, kept on disk.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import threading
@@ -82,7 +83,7 @@ class ProgramTable:
 
     def options(self, name: str, options: Options) -> Options:
         """What to compile it with, where most programs are compiled with `options`."""
-        if (layout := self._layouts_by_name.get(name)) is None:
+        if (layout := self.layouts_by_name.get(name)) is None:
             return options
         return bucket_options(options, layout.num_tokens, layout.num_seqs)
 
@@ -98,7 +99,7 @@ class ProgramTable:
         return self._step(name)
 
     def _step(self, name: str) -> Program:
-        layout = self._layouts_by_name[name]
+        layout = self.layouts_by_name[name]
         logits = 0 if self.spec.keeps_logits else None
         output = StepOutput(0, _SCORES, logits, 0)  # type: ignore[arg-type]
         packed, masks = self._per_data_rank(layout.size), self._per_data_rank(*layout.mask_shape)
@@ -147,8 +148,8 @@ class ProgramTable:
         shape = (self.placement.split.data * shape[0], *shape[1:])
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.per_data_rank)
 
-    @property
-    def _layouts_by_name(self) -> dict[str, BatchLayout]:
+    @functools.cached_property
+    def layouts_by_name(self) -> dict[str, BatchLayout]:
         return {str(bucket): layout for bucket, layout in self.layouts.items()}
 
 

@@ -9,36 +9,18 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jengine.config import EngineConfig
 from jengine.core.plan import ScheduledRequest, StepPlan, StepResult
 from jengine.errors import UnsupportedError
-from jengine.models.loader import load_parameters, open_model
 from jengine.runtime import memory
 from jengine.runtime.batch import HostBatch, build_batch
-from jengine.runtime.blueprint import (
-    Blueprint,
-    draw_blueprint,
-    open_artifacts,
-)
+from jengine.runtime.blueprint import Blueprint
 from jengine.runtime.buckets import Bucket, pick_bucket
 from jengine.runtime.forward import build_forward, build_logprobs, packed
-from jengine.runtime.memory import open_devices
 from jengine.runtime.programs import EMPTY, SCORE, SET_PAGES, SET_ROW
 from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
 from jengine.runtime.row_mirror import RowMirror, is_adjusted
 from jengine.runtime.shapes import num_bytes
 from jengine.runtime.step import KV, StepOutput, build_step
-from jengine.sharding.placement import Placement
-
-
-def load_runner(config: EngineConfig) -> "ModelRunner":
-    """A runner whose programs compile as they are needed; an engine prepares them ahead."""
-    devices, device_memory = open_devices(config.cache, config.parallel.num_ranks)
-    model = open_model(config)
-    placement = Placement(model.split, devices)
-    artifacts = open_artifacts(config, placement)
-    blueprint = draw_blueprint(config, model, placement, device_memory, artifacts)
-    return ModelRunner(blueprint, load_parameters(model, placement))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,7 +71,6 @@ class ModelRunner:
         self.kv: KV
         self.kv, self.rows = self.programs[EMPTY]()
         self._layouts = blueprint.table.layouts
-        self._layouts_by_name = {str(bucket): layout for bucket, layout in self._layouts.items()}
         some_layout = self._layouts[self.buckets[0]]
         self._processors = tuple(p.info for p in self.spec.logits_processors)
         self.num_data_ranks = blueprint.placement.split.data
@@ -157,7 +138,7 @@ class ModelRunner:
             return program(self.leaves, *arrays)
         inputs, *masks = arrays
         if not masks:
-            masks = [self._no_masks[self._layouts_by_name[name].mask_shape]]
+            masks = [self._no_masks[self.blueprint.table.layouts_by_name[name].mask_shape]]
         self.kv, self.rows, output = program(self.leaves, self.kv, self.rows, inputs, *masks)
         return output
 

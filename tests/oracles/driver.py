@@ -13,7 +13,8 @@ from jengine.core.kv_manager import KVManager
 from jengine.core.plan import ScheduledRequest, StepPlan
 from jengine.core.scheduler import Scheduler
 from jengine.request import Request, SamplingParams
-from jengine.runtime.runner import StepHandle, load_runner
+from jengine.runtime.runner import StepHandle
+from jengine.runtime.start import load_runner
 
 
 class Driver:
