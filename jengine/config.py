@@ -157,6 +157,18 @@ class CompileConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class EplbConfig:
+    """When routed experts are moved, so that all ranks get as much to do (docs/parallelism.md).
+    Names as in vLLM.
+    """
+
+    window_size: int = 1000  # steps whose tokens are counted before each decision
+    step_interval: int = 3000  # steps between decisions
+    num_redundant_experts: int = 0  # places more than experts, in each layer
+    log_balancedness: bool = False  # how even the load was, at each decision
+
+
+@dataclass(frozen=True, slots=True)
 class ParallelConfig:
     """Over how many devices of this machine the model is split (docs/parallelism.md). Names as in
     vLLM.
@@ -168,6 +180,8 @@ class ParallelConfig:
     # With expert parallelism: of each tensor-parallel group, ranks that share the experts out; the
     # others split each expert. None: all share them out.
     expert_parallel_size: int | None = None
+    enable_eplb: bool = False
+    eplb: EplbConfig = EplbConfig()
 
     @property
     def num_ranks(self) -> int:
@@ -180,6 +194,11 @@ class ParallelConfig:
         if not self.enable_expert_parallel:
             return 1
         return self.expert_parallel_size or self.tensor_parallel_size
+
+    @property
+    def num_balanced_ranks(self) -> int:
+        """Parts of the routed experts: over all data ranks where experts are shared out."""
+        return self.num_expert_ranks * self.data_parallel_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +229,8 @@ class EngineConfig:
             "data_parallel_size": self.parallel.data_parallel_size,
             "expert_parallel_size": self.parallel.expert_parallel_size,
             "max_num_waiting_tokens": self.scheduler.max_num_waiting_tokens,
+            "window_size": self.parallel.eplb.window_size,
+            "step_interval": self.parallel.eplb.step_interval,
         }
         for name, value in positive.items():
             if value is not None and value < 1:
@@ -236,6 +257,7 @@ class EngineConfig:
                 f"expert_parallel_size ({parallel.num_expert_ranks}) must divide "
                 f"tensor_parallel_size ({parallel.tensor_parallel_size})"
             )
+        _check_eplb(parallel)
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> Self:
@@ -254,6 +276,7 @@ class EngineConfig:
             kwargs = GPU_LIMITS | kwargs
         if isinstance(kwargs.get("served_model_name"), str):
             kwargs["served_model_name"] = (kwargs["served_model_name"],)
+        kwargs = _with_eplb(kwargs)
         parts = {
             "model": ModelArgs,
             "cache": CacheConfig,
@@ -277,3 +300,27 @@ class EngineConfig:
         if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
             built["scheduler"] = replace(scheduler, max_num_batched_tokens=scheduler.max_num_seqs)
         return cls(**built, **own)
+
+
+def _with_eplb(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's `eplb_config` is an object; `num_redundant_experts` may also be given alone."""
+    kwargs = dict(kwargs)
+    given = dict(kwargs.pop("eplb_config", {}))
+    if "num_redundant_experts" in kwargs:
+        given["num_redundant_experts"] = kwargs.pop("num_redundant_experts")
+    return kwargs | {"eplb": EplbConfig(**given)} if given else kwargs
+
+
+def _check_eplb(parallel: ParallelConfig) -> None:
+    eplb = parallel.eplb
+    if eplb.num_redundant_experts < 0:
+        raise ValueError(f"num_redundant_experts must be >= 0, got {eplb.num_redundant_experts}")
+    if eplb.window_size > eplb.step_interval:
+        raise ValueError(
+            f"window_size ({eplb.window_size}) must not exceed step_interval ({eplb.step_interval})"
+        )
+    if not parallel.enable_eplb:
+        if eplb.num_redundant_experts:
+            raise ValueError("num_redundant_experts needs enable_eplb")
+    elif not parallel.enable_expert_parallel or parallel.num_balanced_ranks == 1:
+        raise ValueError("enable_eplb needs enable_expert_parallel over more than one device")

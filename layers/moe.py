@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jengine.layers.expert_slots import ExpertSlots, choose_slots, count_slots, slot_table
 from jengine.layers.linear import sum_of_ranks
 from jengine.layers.param import Size, param
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
@@ -31,13 +32,20 @@ class MoEConfig:
     activation: ClampedSwiGLU | None = None  # in the place of SwiGLU
     grouped: GroupedRouting | None = None  # in the place of the softmax's largest
     num_local_experts: int | None = None  # of one rank; None: all
+    slots: ExpertSlots | None = None  # None: experts lie where their ids say
+
+    @property
+    def num_places(self) -> int:
+        """For experts, on all ranks."""
+        return self.num_experts if self.slots is None else self.slots.num_slots
 
     def of_rank(self, split: Split) -> Self:
         """Raises `ValueError` naming a field that does not divide."""
         size = self.moe_intermediate_size
+        field = "num_experts" if self.slots is None else "num_experts + num_redundant_experts"
         return dataclasses.replace(
             self,
-            num_local_experts=split.share(self.num_experts, "experts", "num_experts"),
+            num_local_experts=split.share(self.num_places, "experts", field),
             moe_intermediate_size=split.share(size, "expert_mlp", "moe_intermediate_size"),
         )
 
@@ -80,6 +88,7 @@ class SparseMLP(nnx.Module):
         self.e_score_correction_bias = (
             param((moe.num_experts,), (None,), "float32", "zeros") if has_bias else None
         )
+        self.slots = None if moe.slots is None else slot_table(moe.num_experts, moe.slots)
 
     def choose(self, logits_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(expert ids, weights) of each token."""
@@ -100,10 +109,13 @@ class SparseMLP(nnx.Module):
         other tokens and other experts, theirs come here and the results go back.
         """
         ids_Tk, weights_Tk = self.choose(self.gate(x_TD, num_tokens))
+        if self.slots is not None:
+            ids_Tk = choose_slots(ids_Tk, self.slots[...], x_TD)
+            self.load = count_slots(ids_Tk, num_tokens, self.moe.num_places)
         if not collectives.are_split_together("tokens", "experts"):
             return self._of_experts(x_TD, ids_Tk, weights_Tk, num_tokens)
         is_real_T1 = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None] < num_tokens
-        ids_Tk = jnp.where(is_real_T1, ids_Tk, self.moe.num_experts)  # nobody's
+        ids_Tk = jnp.where(is_real_T1, ids_Tk, self.moe.num_places)  # nobody's
         x_TD, ids_Tk, weights_Tk = (
             collectives.gather_over(x, "tokens", 0) for x in (x_TD, ids_Tk, weights_Tk)
         )
@@ -115,13 +127,13 @@ class SparseMLP(nnx.Module):
     def _of_experts(
         self, x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, num_tokens: jax.Array
     ) -> jax.Array:
-        """Summands of what this rank's experts add to tokens that chose among all."""
+        """Summands of what this rank's experts add to tokens. Ids are places, of all ranks."""
         gate_up_EFD, down_EDF = self.experts.gate_up_proj[...], self.experts.down_proj[...]
         gate_up_bias, down_bias = self.experts.gate_up_bias, self.experts.down_bias
         num_experts = down_EDF.shape[0]
         num_all = None
-        if num_experts < self.moe.num_experts:
-            num_all = self.moe.num_experts
+        if num_experts < self.moe.num_places:
+            num_all = self.moe.num_places
             ids_Tk = ids_Tk - collectives.rank_in("experts") * num_experts
             is_ours_Tk = (ids_Tk >= 0) & (ids_Tk < num_experts)
             ids_Tk = jnp.where(is_ours_Tk, ids_Tk, num_experts)

@@ -33,6 +33,8 @@ class RowState:
     prompt_mask: jax.Array  # bool[R, V]
     bias: jax.Array  # f32[R, V]; logit_bias, and -inf outside allowed_token_ids
     page_tables: tuple[jax.Array, ...] = ()  # per KV group, i32[R, M]
+    # Of no row: i32[1, layers, P], tokens so far by the slot of their experts, if those have slots.
+    slot_load: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -192,6 +192,30 @@ class EngineFlags:
             text="So many parts, each of which splits its experts; by default as many as devices.",
         ),
     ] = None
+    enable_eplb: Annotated[
+        bool,
+        _flag(
+            "--enable-eplb",
+            panel=_PARALLEL,
+            text="Move experts between steps, so that all devices get as much to do.",
+        ),
+    ] = False
+    num_redundant_experts: Annotated[
+        int | None,
+        _flag(
+            "--num-redundant-experts",
+            panel=_PARALLEL,
+            text="With it: places for copies of the busiest, in each layer: 0.",
+        ),
+    ] = None
+    eplb_config: Annotated[
+        str | None,
+        _flag(
+            "--eplb-config",
+            panel=_PARALLEL,
+            text="With it, JSON: window_size (1000 steps), step_interval (3000), ...",
+        ),
+    ] = None
     data_parallel_size: Annotated[
         int | None,
         _flag(
@@ -223,8 +247,9 @@ class EngineFlags:
         argument, model = given.pop("model_argument"), given.pop("model")
         if (argument is None) == (model is None):
             raise typer.BadParameter("name one model, as MODEL or with --model")
-        for name, value in (("hf_overrides", self.hf_overrides),):
-            given[name] = None if value is None else _json_object(value, "--hf-overrides")
+        for name in ("hf_overrides", "eplb_config"):
+            if (text := given[name]) is not None:
+                given[name] = _json_object(text, f"--{name.replace('_', '-')}")
         cache_dir = given.pop("compile_cache_dir")
         given["cache_dir"] = None if cache_dir is None else str(cache_dir)
         names = given.pop("served_model_name")

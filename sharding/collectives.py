@@ -57,6 +57,14 @@ def scatter_over(x: jax.Array, logical: str) -> jax.Array:
     return jax.lax.psum_scatter(x, axes, scatter_dimension=0, tiled=True) if axes else x
 
 
+def exchange_over(x: jax.Array, logical: str) -> jax.Array:
+    """Row r of `x` goes to rank r; what comes from it is row r of the result."""
+    axes = _split.get().axes(logical)
+    if not axes:
+        return x
+    return jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=0, tiled=True)
+
+
 def rank_in(logical: str) -> jax.Array:
     """i32[]: which part of a logical axis this rank holds."""
     axes = _split.get().axes(logical)

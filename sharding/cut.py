@@ -10,7 +10,7 @@ dimension gives every rank its own. Where nothing is copied or fused that is the
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,17 @@ class Cut:
     local: Sections
     axes: tuple[tuple[str, ...], ...]
     ways: tuple[int, ...]
+    # Of the first dimension, which index of the whole each index of all ranks is, where that does
+    # not follow from the sizes: experts in slots.
+    order: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for whole, local, ways in zip(self.whole, self.local, self.ways, strict=True):
+        sizes = list(zip(self.whole, self.local, self.ways, strict=True))
+        if self.order:
+            (_, (part,), ways), *sizes = sizes
+            if len(self.order) != ways * part:
+                raise ValueError(f"{len(self.order)} places, but {ways} ranks have {part} each")
+        for whole, local, ways in sizes:
             for size, part in zip(whole, local, strict=True):
                 if part > size or ways * part % size:
                     raise ValueError(f"a rank's {local} is no part of {whole} over {ways} ranks")
@@ -73,6 +81,11 @@ class Cut:
 
     def _parts_along(self, dimension: int, rank: Rank) -> Iterator[tuple[Rank, int]]:
         """(start in the whole, size) of a rank's part of each section."""
+        if self.order and dimension == 0:
+            (part,) = self.local[0]
+            order: Any = self.order if isinstance(rank, int) else jnp.asarray(self.order, jnp.int32)
+            yield from ((order[rank * part + i], 1) for i in range(part))
+            return
         first, ways = 0, self.ways[dimension]
         for size, part in zip(self.whole[dimension], self.local[dimension], strict=True):
             copies = ways * part // size
@@ -81,11 +94,16 @@ class Cut:
 
 
 def cut_array(
-    split: Split, logical_axes: tuple[str | None, ...], whole: Sections, local: Sections
+    split: Split,
+    logical_axes: tuple[str | None, ...],
+    whole: Sections,
+    local: Sections,
+    order: tuple[int, ...] = (),
 ) -> Cut:
-    """`local` is what a rank declares where the whole model declares `whole`. Raises `ValueError`
-    if two dimensions would be split by the same mesh axis, or a rank's is no part.
+    """`local` is what a rank declares where the whole model declares `whole`; `order`: see `Cut`.
+    Raises `ValueError` if two dimensions would be split by the same mesh axis, or a rank's is no
+    part.
     """
     split.rules.spec(logical_axes)
     axes = tuple(split.axes(name) for name in logical_axes)
-    return Cut(whole, local, axes, tuple(split.ways(name) for name in logical_axes))
+    return Cut(whole, local, axes, tuple(split.ways(name) for name in logical_axes), order)

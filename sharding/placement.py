@@ -73,6 +73,10 @@ class Placement:
         zeros = np.zeros(shape, dtype)
         return jax.make_array_from_callback(shape, self.per_data_rank, lambda at: zeros[at])
 
+    def same_on_all(self, value: np.ndarray) -> jax.Array:
+        """What every rank holds whole; as above, every process puts its own."""
+        return jax.make_array_from_callback(value.shape, self.replicated, lambda at: value[at])
+
     def of(self, cut: Cut) -> Sharding:
         return self._sharding(cut.spec)
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jengine.config import EngineConfig, ParallelConfig
+from jengine.config import EngineConfig, EplbConfig, ParallelConfig
 from jengine.errors import LoadError
+from jengine.layers.expert_slots import ExpertSlots
 from jengine.layers.param import abstract_parameters
 from jengine.loading.checkpoint import Checkpoint, open_checkpoint
 from jengine.loading.dummy import Compile, compile_here, dummy_parameters
@@ -20,6 +21,7 @@ from jengine.models.registry import resolve_architecture
 from jengine.models.sparse import SparseConfig
 from jengine.pallas_kernels.kv_write.api import is_in_place
 from jengine.sharding.cut import Cut, cut_array
+from jengine.sharding.expert_balance import first_slots
 from jengine.sharding.placement import Placement
 from jengine.sharding.split import Split
 
@@ -45,6 +47,7 @@ class ModelDefinition:
     rank_module: Any
     max_model_len: int
     seed: int  # of dummy parameters
+    expert_slots: tuple[int, ...] = ()  # which expert each slot holds at first; (): none has slots
 
     @property
     def cuts(self) -> dict[str, Cut]:
@@ -53,7 +56,13 @@ class ModelDefinition:
             return {}
         whole, local = map(abstract_parameters, (self.module, self.rank_module))
         return {
-            path: cut_array(self.split, info.logical_axes, info.sections, local[path].sections)
+            path: cut_array(
+                self.split,
+                info.logical_axes,
+                info.sections,
+                local[path].sections,
+                self.expert_slots if info.logical_axes[0] == "experts" else (),
+            )
             for path, info in whole.items()
         }
 
@@ -77,9 +86,11 @@ def open_model(config: EngineConfig) -> ModelDefinition:
     )
     module = model_class(cfg)
     split = split_of(config.parallel, cfg)
-    rank_cfg, rank_module = cfg, module
+    rank_cfg, rank_module, expert_slots = cfg, module, ()
     if split.num_ranks > 1:
-        rank_cfg = cfg.of_rank(split)
+        if config.parallel.enable_eplb:
+            rank_cfg, expert_slots = with_slots(cfg, split, config.parallel.eplb)
+        rank_cfg = rank_cfg.of_rank(split)
         rank_module = model_class(rank_cfg)
     return ModelDefinition(
         checkpoint=checkpoint,
@@ -91,7 +102,26 @@ def open_model(config: EngineConfig) -> ModelDefinition:
         rank_module=rank_module,
         max_model_len=max_model_len,
         seed=config.model.seed,
+        expert_slots=expert_slots,
     )
+
+
+def with_slots(
+    cfg: SparseConfig, split: Split, eplb: EplbConfig
+) -> tuple[SparseConfig, tuple[int, ...]]:
+    """The config of a model whose experts lie in slots, and what these hold at first."""
+    num_experts, ranks = cfg.moe.num_experts, split.ways("experts")
+    num_slots = num_experts + eplb.num_redundant_experts
+    split.share(num_slots, "experts", "num_experts + num_redundant_experts")
+    if num_slots > num_experts * ranks:
+        raise ValueError(
+            f"num_redundant_experts ({eplb.num_redundant_experts}): more than one slot on each of "
+            f"{ranks} ranks for each of {num_experts} experts"
+        )
+    slots = ExpertSlots(num_slots, max_replicas=min(ranks, 1 + eplb.num_redundant_experts))
+    moe = dataclasses.replace(cfg.moe, slots=slots)
+    first = first_slots(num_experts, num_slots, ranks)
+    return dataclasses.replace(cfg, moe=moe), tuple(first.tolist())
 
 
 def split_of(parallel: ParallelConfig, cfg: Any) -> Split:

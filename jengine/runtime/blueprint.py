@@ -37,10 +37,12 @@ from jengine.runtime.aot import (
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.buckets import Bucket, build_buckets, essential_buckets, preparation_order
 from jengine.runtime.decode_steps import bytes_of_one_token, choose_max_decode_steps
+from jengine.runtime.expert_slots import expert_layers, slot_tables
 from jengine.runtime.logits_processing import check_processors
 from jengine.runtime.memory import DeviceMemory, ExecutableMemory
 from jengine.runtime.programs import (
     EMPTY,
+    MOVE_EXPERTS,
     SCORE,
     SET_PAGES,
     SET_ROW,
@@ -105,9 +107,12 @@ def essential_programs(buckets: Sequence[Bucket]) -> list[str]:
     return [EMPTY, *map(str, essential_buckets(buckets)), SET_ROW, SET_PAGES]
 
 
-def all_programs(buckets: Sequence[Bucket]) -> list[str]:
+def all_programs(table: ProgramTable) -> list[str]:
     """In the order to prepare them."""
+    buckets = tuple(table.layouts)
     names = [*essential_programs(buckets), *map(str, preparation_order(buckets)), SCORE]
+    if table.expert_layers:
+        names.append(MOVE_EXPERTS)
     return list(dict.fromkeys(names))
 
 
@@ -127,6 +132,11 @@ def draw_blueprint(
     leaves = tuple(
         abstract_leaf(info, cuts.get(path), placement) for path, info in abstract.items()
     )
+    tables = slot_tables(model.rank_module)
+    leaves += tuple(
+        jax.ShapeDtypeStruct(shape, jnp.dtype("int32"), sharding=placement.replicated)
+        for shape in tables.values()
+    )
     of_rank = abstract_parameters(model.rank_module).values()
     max_steps = config.scheduler.max_decode_steps or choose_max_decode_steps(
         platform, bytes_of_one_token(of_rank, model.cfg)
@@ -142,11 +152,17 @@ def draw_blueprint(
         leaves=leaves,
         kv=(),
         rows=abstract_rows(
-            some.num_rows, some.vocab_size, len(groups), some.pages_per_seq, placement
+            some.num_rows,
+            some.vocab_size,
+            len(groups),
+            some.pages_per_seq,
+            placement,
+            (len(tables), len(model.expert_slots)) if tables else None,
         ),
         hidden=jax.ShapeDtypeStruct((model.cfg.hidden_size,), jnp.dtype(model.cfg.dtype)),
         fill=math.nan if config.cache.poison else 0.0,
         placement=placement,
+        expert_layers=expert_layers(abstract, tuple(tables)),
     )
     facts = _program_facts(model, table)
     store = artifacts.store(facts)
@@ -170,7 +186,7 @@ def draw_blueprint(
         reserve=reserve,
         table=table,
         key=artifacts.key({**facts, "pages": inside}),
-        programs=Programs(table, all_programs(buckets), store.inside(inside), options),
+        programs=Programs(table, all_programs(table), store.inside(inside), options),
     )
 
 
@@ -230,12 +246,12 @@ def with_pages(table: ProgramTable, num_pages: tuple[int, ...]) -> ProgramTable:
 def _step_spec(
     config: EngineConfig, model: ModelDefinition, groups: tuple[KVGroup, ...]
 ) -> StepSpec:
-    graphdef, state = nnx.split(model.rank_module)
+    graphdef, *states = nnx.split(model.rank_module, nnx.Param, ...)
     num_top = config.max_logprobs if config.max_logprobs > 0 else DEFAULT_TOP
     num_top = min(num_top, model.cfg.vocab_size)
     return StepSpec(
         graphdef,
-        jax.tree.structure(state),
+        jax.tree.structure(tuple(states)),
         groups,
         num_logprobs=num_top,
         keeps_logits=not 0 <= config.max_logprobs <= num_top,
@@ -288,6 +304,8 @@ def _plan_pages(
     provisional = with_pages(table, plan(0))
     decode = max(bucket for bucket in table.layouts if bucket.is_decode)
     names = str(max(table.layouts)), str(decode)  # what takes most, of either kind
+    if table.expert_layers:
+        names += (MOVE_EXPERTS,)
     measured = _measured(provisional, names, store)
     return plan(max(map(memory.workspace_bytes, measured)))
 
@@ -329,6 +347,7 @@ def _program_facts(model: ModelDefinition, table: ProgramTable) -> dict[str, Any
         "native": native.fingerprint() if table.placement.device.platform == "cpu" else None,
         "architecture": model.architecture,
         "config": repr(model.cfg),
+        "rank's config": repr(model.rank_cfg),
         "split": repr(model.split),
         "groups": repr(table.spec.groups),
         "layout": repr(anywhere),

@@ -23,6 +23,7 @@ from jengine.runtime.aot import ExecutableStore
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.buckets import Bucket
 from jengine.runtime.compile_queue import CompileQueue
+from jengine.runtime.expert_slots import ExpertLayer, move_experts
 from jengine.runtime.memory import ExecutableMemory, executable_memory
 from jengine.runtime.step import (
     KV,
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 SCORE_ROWS = 64  # prompt positions scored by one call
 SCORE, SET_ROW, SET_PAGES, EMPTY = "score", "set_row", "set_pages", "empty_state"
+MOVE_EXPERTS = "move_experts"
 # While we serve: tracing takes the interpreter lock, and tuning takes the GPU and some of its
 # memory (`memory.reserve_bytes`).
 BACKGROUND_THREADS = 2
@@ -72,6 +74,7 @@ class ProgramTable:
     hidden: jax.ShapeDtypeStruct  # one row [D] of final hidden states
     fill: float  # of fresh pages
     placement: Placement
+    expert_layers: tuple[ExpertLayer, ...] = ()  # whose experts lie in slots
 
     def lower(self, name: str) -> jax.stages.Lowered:
         program = self.program(name)
@@ -96,6 +99,8 @@ class ProgramTable:
             return self._set_row()
         if name == SET_PAGES:
             return self._set_pages()
+        if name == MOVE_EXPERTS:
+            return self._move_experts()
         return self._step(name)
 
     def _step(self, name: str) -> Program:
@@ -126,6 +131,17 @@ class ProgramTable:
         num_pages = len(tables), tables[0].shape[1]
         arguments = (self.rows, self._i32(), self._i32(*num_pages))
         return Program(set_pages, ("rows",), arguments, self.rows, 4 * math.prod(num_pages))
+
+    def _move_experts(self) -> Program:
+        layer = self.expert_layers[0]  # all have the same shapes
+        weights, table = tuple(self.leaves[i] for i in layer.weights), self.leaves[layer.table]
+        num_ranks = self.placement.split.ways("experts")
+        moves = num_ranks, weights[0].shape[0] // num_ranks
+        arguments = (weights, self._i32(*moves), self._i32(*moves), self._i32(), table)
+        input_bytes = 4 * (2 * math.prod(moves) + 1 + math.prod(table.shape))
+        # Steps in flight still read the weights, and a moved expert is read after its slot is
+        # written: nothing is donated.
+        return Program(move_experts, (), arguments, (weights, table), input_bytes)
 
     def _empty_state(self) -> tuple[KV, RowState]:
         kv = tuple(jnp.full(x.shape, self.fill, x.dtype) for x in self.kv)

@@ -15,8 +15,9 @@ from jengine.runtime import memory
 from jengine.runtime.batch import HostBatch, build_batch
 from jengine.runtime.blueprint import Blueprint
 from jengine.runtime.buckets import Bucket, pick_bucket
+from jengine.runtime.expert_slots import ExpertBalancer
 from jengine.runtime.forward import build_forward, build_logprobs, packed
-from jengine.runtime.programs import EMPTY, SCORE, SET_PAGES, SET_ROW
+from jengine.runtime.programs import EMPTY, MOVE_EXPERTS, SCORE, SET_PAGES, SET_ROW
 from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
 from jengine.runtime.row_mirror import RowMirror, is_adjusted
 from jengine.runtime.shapes import num_bytes
@@ -62,6 +63,11 @@ class ModelRunner:
         self.vocab_size: int = blueprint.model.cfg.vocab_size
         self.param_paths = blueprint.param_paths
         self.leaves = tuple(parameters[path] for path in self.param_paths)
+        self.expert_balancer = balancer_of(blueprint)
+        if self.expert_balancer is not None:
+            self.leaves += tuple(
+                blueprint.placement.same_on_all(table) for table in self.expert_balancer.tables()
+            )
         self.spec = blueprint.table.spec
         self.groups = self.spec.groups
         self.buckets = blueprint.buckets
@@ -119,6 +125,8 @@ class ModelRunner:
 
     def launch(self, bucket: Bucket, batches: Sequence[HostBatch]) -> StepOutput:
         """Run the step of a bucket over the batch of each data rank."""
+        if self.expert_balancer is not None:
+            self.expert_balancer.before_step(lambda: np.asarray(self.rows.slot_load), self._move)
         inputs = _joined([batch.packed for batch in batches])
         if all(batch.masks is None for batch in batches):
             return self._call(str(bucket), inputs)
@@ -136,6 +144,8 @@ class ModelRunner:
             return None
         if name == SCORE:
             return program(self.leaves, *arrays)
+        if name == MOVE_EXPERTS:
+            return self._move_layer(int(arrays[0]), program, arrays[1:])
         inputs, *masks = arrays
         if not masks:
             masks = [self._no_masks[self.blueprint.table.layouts_by_name[name].mask_shape]]
@@ -166,7 +176,7 @@ class ModelRunner:
         """Live parameters by path. On several devices the parts of all ranks, one after another
         (`sharding/cut.py`).
         """
-        return dict(zip(self.param_paths, self.leaves, strict=True))
+        return dict(zip(self.param_paths, self.leaves, strict=False))  # behind them: tables
 
     @property
     def model(self) -> Any:
@@ -201,8 +211,11 @@ class ModelRunner:
 
     def logprobs_fn(self) -> Callable[[Mapping[str, jax.Array], Any, Any], jax.Array]:
         """`build_logprobs` of parameters by path, jitted."""
+        num = len(self.param_paths)
         return lambda params, token_ids_T, lengths_S: self._logprobs(
-            tuple(params[path] for path in self.param_paths), token_ids_T, lengths_S
+            tuple(params[path] for path in self.param_paths) + self.leaves[num:],
+            token_ids_T,
+            lengths_S,
         )
 
     def pick_bucket(self, plans: Sequence[StepPlan]) -> Bucket:
@@ -256,6 +269,18 @@ class ModelRunner:
             bias[token_id] += value
         self._call(SET_ROW, row, counts, prompt_mask, bias)
 
+    def _move(self, layer: int, arrays: tuple[np.ndarray, ...]) -> None:
+        self._call(MOVE_EXPERTS, np.asarray(layer, np.int32), *arrays)
+
+    def _move_layer(
+        self, index: int, program: Callable[..., Any], arrays: Sequence[np.ndarray]
+    ) -> None:
+        layer = self.blueprint.table.expert_layers[index]
+        moved, table = program(tuple(self.leaves[i] for i in layer.weights), *arrays)
+        places = (*layer.weights, layer.table)
+        changed = dict(zip(places, (*moved, table), strict=True))
+        self.leaves = tuple(changed.get(i, leaf) for i, leaf in enumerate(self.leaves))
+
     def _refuse_in_gang(self, name: str) -> None:
         if self._leader is not None:
             raise UnsupportedError(f"{name}: not in an engine over several processes")
@@ -269,3 +294,16 @@ class ModelRunner:
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Of data ranks, one after another."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def balancer_of(blueprint: Blueprint) -> ExpertBalancer | None:
+    layers = blueprint.table.expert_layers
+    if not layers:
+        return None
+    return ExpertBalancer(
+        blueprint.config.parallel.eplb,
+        blueprint.model.expert_slots,
+        len(layers),
+        blueprint.table.leaves[layers[0].table].shape,
+        blueprint.placement.split.ways("experts"),
+    )

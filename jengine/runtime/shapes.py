@@ -38,8 +38,14 @@ def abstract_kv(
 
 
 def abstract_rows(
-    num_rows: int, vocab_size: int, num_groups: int, pages_per_seq: int, placement: Placement
+    num_rows: int,
+    vocab_size: int,
+    num_groups: int,
+    pages_per_seq: int,
+    placement: Placement,
+    slot_load: tuple[int, int] | None = None,
 ) -> RowState:
+    """`slot_load`: (layers, slots) of experts in slots."""
     sharding = placement.per_data_rank
 
     def array(dtype: Any, *shape: int) -> Any:
@@ -52,6 +58,7 @@ def abstract_rows(
         prompt_mask=array(jnp.bool_, num_rows, vocab_size),
         bias=array(jnp.float32, num_rows, vocab_size),
         page_tables=(array(jnp.int32, num_rows, pages_per_seq),) * num_groups,
+        slot_load=slot_load and array(jnp.int32, placement.split.data, *slot_load),
     )
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jengine.config import LogprobsMode
 from jengine.kv_spec import KVGroup
 from jengine.layers.attention import AttentionMetadata, slot_mapping, state_slots
+from jengine.layers.expert_slots import SlotLoad
 from jengine.layers.sampling import (
     Logprobs,
     RowState,
@@ -27,7 +28,7 @@ from jengine.runtime.logits_processing import build_process
 from jengine.sharding import collectives
 
 KV = tuple[jax.Array, ...]
-Leaves = tuple[jax.Array, ...]  # parameters
+Leaves = tuple[jax.Array, ...]  # parameters, then tables of experts' slots
 Tables = tuple[jax.Array, ...]  # page tables of a batch: per KV group, i32[S, M]
 
 
@@ -49,7 +50,7 @@ class StepSpec:
     """Everything static about a step but its bucket."""
 
     graphdef: Any  # nnx.GraphDef of the model
-    params_treedef: Any
+    params_treedef: Any  # of (parameters, tables of slots)
     groups: tuple[KVGroup, ...]
     num_logprobs: int
     keeps_logits: bool  # for log-probabilities of the whole vocabulary, which the host computes
@@ -63,7 +64,7 @@ class StepSpec:
 
     def model(self, params: Sequence[jax.Array]) -> Any:
         """The module over these leaves. Merging happens while tracing only."""
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.params_treedef, list(params)))
+        return nnx.merge(self.graphdef, *jax.tree.unflatten(self.params_treedef, list(params)))
 
 
 def build_step(
@@ -85,6 +86,7 @@ def build_step(
         model = spec.model(params)
         token_ids_T = _resolve_pending(batch, rows)
         hidden_TD, kv = model(token_ids_T, kv, attention_metadata(spec, layout, tables, batch))
+        rows = _count_slots(rows, model)
         logits_SV = model.logits(hidden_TD[batch.last_token_index], batch.num_seqs)
         ids_S, is_finite_S = sample(logits_SV, rows, batch.sampling, process)
         if spec.logprobs_mode.startswith("processed"):
@@ -202,6 +204,13 @@ def attention_metadata(
         group_of_layer=spec.group_of_layer,
         is_decode=layout.num_tokens == layout.num_seqs,  # see `Bucket.is_decode`
     )
+
+
+def _count_slots(rows: RowState, model: nnx.Module) -> RowState:
+    if rows.slot_load is None:
+        return rows
+    loads = jax.tree.leaves(nnx.state(model, SlotLoad))  # in the order of layers
+    return dataclasses.replace(rows, slot_load=rows.slot_load + jnp.stack(loads)[None])
 
 
 def build_score(spec: StepSpec) -> Callable[..., tuple[Logprobs, jax.Array]]:

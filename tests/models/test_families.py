@@ -71,7 +71,7 @@ def check_bfloat16(hf_config: dict) -> None:
     module = model_class(cfg)
     graphdef, state = nnx.split(module)
     groups = build_groups(model_class.kv_specs(cfg), 16)
-    spec = StepSpec(graphdef, jax.tree.structure(state), groups, 0, keeps_logits=False)
+    spec = StepSpec(graphdef, jax.tree.structure((state,)), groups, 0, keeps_logits=False)
     leaves = tuple(
         jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype))
         for p in abstract_parameters(module).values()

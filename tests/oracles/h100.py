@@ -134,7 +134,9 @@ def compile_step(
     module = model_class(cfg)
     graphdef, state = nnx.split(module)
     groups = kv_groups(config)
-    spec = StepSpec(graphdef, jax.tree.structure(state), groups, NUM_LOGPROBS, keeps_logits=False)
+    spec = StepSpec(
+        graphdef, jax.tree.structure((state,)), groups, NUM_LOGPROBS, keeps_logits=False
+    )
     layout = BatchLayout(
         num_tokens=num_tokens,
         num_seqs=num_seqs,
@@ -171,7 +173,9 @@ def compile_ranks_step(
     )
     graphdef, state = nnx.split(rank)
     groups = build_groups(model_class.kv_specs(rank_cfg))
-    spec = StepSpec(graphdef, jax.tree.structure(state), groups, NUM_LOGPROBS, keeps_logits=False)
+    spec = StepSpec(
+        graphdef, jax.tree.structure((state,)), groups, NUM_LOGPROBS, keeps_logits=False
+    )
     pages_per_seq, vocab_size = MAX_MODEL_LEN // groups[0].page_size, cfg.vocab_size
     bucket = Bucket(num_tokens, num_seqs)
     layout = BatchLayout(num_tokens, num_seqs, len(groups), pages_per_seq, NUM_ROWS, vocab_size)
