@@ -14,6 +14,7 @@ from jengine.cluster import ClusterFlags
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+All2AllBackend = Literal["auto", "allgather_reducescatter", "padded_all_to_all"]
 
 _MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
@@ -180,6 +181,8 @@ class ParallelConfig:
     # With expert parallelism: of each tensor-parallel group, ranks that share the experts out; the
     # others split each expert. None: all share them out.
     expert_parallel_size: int | None = None
+    # How tokens of data ranks come to each other's experts; "auto" decides by their number.
+    all2all_backend: All2AllBackend = "auto"
     enable_eplb: bool = False
     eplb: EplbConfig = EplbConfig()
 
@@ -246,6 +249,11 @@ class EngineConfig:
             raise ValueError(
                 f"logprobs_mode must be one of {', '.join(get_args(LogprobsMode))}, "
                 f"got {self.logprobs_mode!r}"
+            )
+        if self.parallel.all2all_backend not in get_args(All2AllBackend):
+            raise ValueError(
+                f"all2all_backend must be one of {', '.join(get_args(All2AllBackend))}, "
+                f"got {self.parallel.all2all_backend!r}"
             )
         if not 0.0 < self.cache.gpu_memory_utilization <= 1.0:
             raise ValueError("gpu_memory_utilization must be in (0, 1]")

@@ -8,13 +8,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jengine.layers.expert_exchange import (
+    Exchange,
+    capacity,
+    choose_exchange,
+    gather_and_scatter,
+    send_and_return,
+)
 from jengine.layers.expert_slots import ExpertSlots, choose_slots, count_slots, slot_table
 from jengine.layers.linear import sum_of_ranks
 from jengine.layers.param import Size, param
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.grouped_matmul.api import expert_parts
 from jengine.pallas_kernels.linear.api import linear
-from jengine.pallas_kernels.linear.reference import sum_of_parts
 from jengine.pallas_kernels.route_experts.api import GroupedRouting, route, route_grouped
 from jengine.sharding import collectives
 from jengine.sharding.split import Split
@@ -33,6 +39,7 @@ class MoEConfig:
     grouped: GroupedRouting | None = None  # in the place of the softmax's largest
     num_local_experts: int | None = None  # of one rank; None: all
     slots: ExpertSlots | None = None  # None: experts lie where their ids say
+    exchange: Exchange = "auto"  # of tokens, where data ranks share the experts out
 
     @property
     def num_places(self) -> int:
@@ -116,13 +123,29 @@ class SparseMLP(nnx.Module):
             return self._of_experts(x_TD, ids_Tk, weights_Tk, num_tokens)
         is_real_T1 = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None] < num_tokens
         ids_Tk = jnp.where(is_real_T1, ids_Tk, self.moe.num_places)  # nobody's
-        x_TD, ids_Tk, weights_Tk = (
-            collectives.gather_over(x, "tokens", 0) for x in (x_TD, ids_Tk, weights_Tk)
+        return self._of_other_ranks(x_TD, ids_Tk, weights_Tk)
+
+    def _of_other_ranks(
+        self, x_TD: jax.Array, places_Tk: jax.Array, weights_Tk: jax.Array
+    ) -> jax.Array:
+        """[1, T, D]: what all data ranks' experts add to this one's tokens."""
+
+        def of_experts(x_TD: jax.Array, places_Tk: jax.Array, weights_Tk: jax.Array) -> jax.Array:
+            num_tokens = jnp.int32(x_TD.shape[0])
+            return self._of_experts(x_TD, places_Tk, weights_Tk, num_tokens)
+
+        (T, k), num_ranks = places_Tk.shape, collectives.ways_of("tokens")
+        if choose_exchange(self.moe.exchange, T, k, num_ranks) == "allgather_reducescatter":
+            return gather_and_scatter(x_TD, places_Tk, weights_Tk, of_experts)
+        return send_and_return(
+            x_TD,
+            places_Tk,
+            weights_Tk,
+            of_experts,
+            num_places=self.moe.num_places,
+            num_local=self.experts.down_proj.shape[0],
+            capacity=capacity(T, k, num_ranks),
         )
-        parts_PTD = self._of_experts(x_TD, ids_Tk, weights_Tk, jnp.int32(x_TD.shape[0]))
-        # As in `sum_of_ranks`: several summands are float32, and stay so.
-        dtype = x_TD.dtype if parts_PTD.shape[0] == 1 else jnp.float32
-        return collectives.scatter_over(sum_of_parts(parts_PTD, dtype), "tokens")[None]
 
     def _of_experts(
         self, x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, num_tokens: jax.Array

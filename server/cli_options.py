@@ -192,6 +192,14 @@ class EngineFlags:
             text="So many parts, each of which splits its experts; by default as many as devices.",
         ),
     ] = None
+    all2all_backend: Annotated[
+        str | None,
+        _flag(
+            "--all2all-backend",
+            panel=_PARALLEL,
+            text="Between data ranks: auto, allgather_reducescatter or padded_all_to_all.",
+        ),
+    ] = None
     enable_eplb: Annotated[
         bool,
         _flag(

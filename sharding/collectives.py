@@ -34,6 +34,11 @@ def ways(*logical: str | None) -> int:
     return math.prod(getattr(split, axis) for axis in _axes_of_sum(*logical))
 
 
+def ways_of(logical: str) -> int:
+    """Over how many ranks a logical axis is split, those of other tokens among them."""
+    return _split.get().ways(logical)
+
+
 def sum_over(x: jax.Array, *logical: str | None) -> jax.Array:
     """The sum of all ranks' `x` over the ranks that split these logical axes."""
     axes = _axes_of_sum(*logical)
@@ -43,6 +48,12 @@ def sum_over(x: jax.Array, *logical: str | None) -> jax.Array:
 def mean_over(x: jax.Array, logical: str) -> jax.Array:
     axes = _axes_of_sum(logical)
     return jax.lax.pmean(x, axes) if axes else x
+
+
+def max_over(x: jax.Array, logical: str) -> jax.Array:
+    """The largest of all ranks' `x` over the ranks that split a logical axis, other tokens' too."""
+    axes = _split.get().axes(logical)
+    return jax.lax.pmax(x, axes) if axes else x
 
 
 def gather_over(x: jax.Array, logical: str, dimension: int) -> jax.Array:

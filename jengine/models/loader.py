@@ -88,8 +88,11 @@ def open_model(config: EngineConfig) -> ModelDefinition:
     split = split_of(config.parallel, cfg)
     rank_cfg, rank_module, expert_slots = cfg, module, ()
     if split.num_ranks > 1:
+        if isinstance(cfg, SparseConfig):
+            moe = dataclasses.replace(cfg.moe, exchange=config.parallel.all2all_backend)
+            rank_cfg = dataclasses.replace(cfg, moe=moe)
         if config.parallel.enable_eplb:
-            rank_cfg, expert_slots = with_slots(cfg, split, config.parallel.eplb)
+            rank_cfg, expert_slots = with_slots(rank_cfg, split, config.parallel.eplb)
         rank_cfg = rank_cfg.of_rank(split)
         rank_module = model_class(rank_cfg)
     return ModelDefinition(

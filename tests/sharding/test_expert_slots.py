@@ -255,7 +255,9 @@ def test_an_engine_moves_experts_while_it_serves(tmp_path: Path, load_format: st
         eplb_config=dict(window_size=2, step_interval=3),
     )  # fmt: skip
     expected = served_tokens(tmp_path, load_format=load_format)
-    for ranks in (dict(data_parallel_size=2, tensor_parallel_size=2), dict(tensor_parallel_size=4)):
+    tp2_dp2 = dict(data_parallel_size=2, tensor_parallel_size=2)
+    padded = dict(tp2_dp2, all2all_backend="padded_all_to_all")
+    for ranks in (tp2_dp2, padded, dict(tensor_parallel_size=4)):
         got = served_tokens(tmp_path, load_format=load_format, **balanced, **ranks)
         assert got == expected
 
