@@ -31,7 +31,7 @@ def prebuild(config: EngineConfig) -> Prebuilt:
     config = dataclasses.replace(config, compile=compile_config)
     opened = open_engine(config)
     model, artifacts = opened.model, opened.artifacts
-    if model.checkpoint.tensors is None:
+    if model.checkpoint.dialect == "dummy":
         draws = dummy_compiler(artifacts, model.split)
         dummy_programs(abstract_parameters(model.module), opened.placement, draws, model.cuts)
     blueprint = opened.draw()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jengine.config import EngineConfig
     from jengine.server.settings import ServerSettings
 
-COMMANDS_WITH_VLLM_FLAGS = ("serve", "bench", "prebuild", "determinism")
+COMMANDS_WITH_VLLM_FLAGS = ("serve", "bench", "convert", "prebuild", "determinism")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 app = typer.Typer(
@@ -215,6 +215,18 @@ def prebuild(engine: EngineFlags) -> None:
     from jengine.server import cli_prebuild
 
     cli_prebuild.run(engine.build())
+
+
+@app.command()
+@takes(EngineFlags)
+def convert(
+    engine: EngineFlags,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, which MODEL can name.")],
+) -> None:
+    """Write a model's weights as the engine holds them, to start faster, on any mesh."""
+    from jengine.server import cli_convert
+
+    cli_convert.run(engine.build(), out)
 
 
 @app.command()

@@ -70,6 +70,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         }
     ),
     "jengine.follower": frozenset({"jengine.runtime", "jengine.distributed"}),
+    "jengine.convert": frozenset(
+        {"jengine.models.loader", "jengine.loading", "jengine.layers.param", "jengine.text"}
+    ),
     "jengine.prebuild": frozenset(
         {
             "jengine.runtime",
@@ -116,6 +119,7 @@ MAY_IMPORT["jengine.server"] = frozenset(
         "jengine.async_engine",
         "jengine.client",
         "jengine.determinism",
+        "jengine.convert",
         "jengine.follower",
         "jengine.input_processor",
         "jengine.loading.pull",

@@ -13,6 +13,7 @@ import numpy as np
 from jengine.config import LoadFormat, ModelArgs
 from jengine.errors import LoadError, ModelNotFoundError
 from jengine.loading.block_scales import BlockScaledSource, has_block_scales
+from jengine.loading.converted import ConvertedWeights, is_converted
 from jengine.loading.gguf_config import generation_config_from_gguf, hf_config_from_gguf
 from jengine.loading.gguf_source import GGUFFile, GGUFSource
 from jengine.loading.hub import fetch_from_hub, is_hub_id
@@ -52,9 +53,10 @@ class Checkpoint:
     name: str
     hf_config: dict[str, Any]
     generation_config: dict[str, Any]
-    dialect: Literal["hf", "gguf", "dummy"]
-    tensors: TensorSource | None  # None: dummy
+    dialect: Literal["hf", "gguf", "converted", "dummy"]
+    tensors: TensorSource | None  # None: dummy, or converted
     path: Path  # folder or .gguf file
+    converted: ConvertedWeights | None = None
     gguf_metadata: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def load_tokenizer(self, override: str | None = None) -> Tokenizer:
@@ -87,6 +89,8 @@ def open_checkpoint(args: ModelArgs) -> Checkpoint:
     config = _read_json(path / "config.json")
     if config is None:
         raise LoadError(f"{path} holds no config.json")
+    if is_converted(path) and not is_dummy:
+        return _open_converted(args, path, config)
     tensors = None if is_dummy else _open_safetensors(path, args.load_format)
     if tensors is not None and is_mxfp4(config):
         tensors = Mxfp4Source(tensors)
@@ -136,6 +140,20 @@ def _open_gguf(args: ModelArgs, path: Path) -> Checkpoint:
         tensors=None if is_dummy else GGUFSource(file),
         path=path,
         gguf_metadata=file.metadata,
+    )
+
+
+def _open_converted(args: ModelArgs, folder: Path, config: dict[str, Any]) -> Checkpoint:
+    if args.load_format != "auto":
+        raise LoadError(f"{folder} is a converted model, but load_format is {args.load_format!r}")
+    return Checkpoint(
+        name=args.model,
+        hf_config={**config, **args.hf_overrides},
+        generation_config=_read_json(folder / "generation_config.json") or {},
+        dialect="converted",
+        tensors=None,
+        path=folder,
+        converted=ConvertedWeights(folder),
     )
 
 

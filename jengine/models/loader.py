@@ -14,6 +14,7 @@ from jengine.errors import LoadError
 from jengine.layers.expert_slots import ExpertSlots
 from jengine.layers.param import abstract_parameters
 from jengine.loading.checkpoint import Checkpoint, open_checkpoint
+from jengine.loading.converted import ConvertedReader, load_converted
 from jengine.loading.dummy import Compile, compile_here, dummy_parameters
 from jengine.loading.rules import Reader
 from jengine.loading.rules import load_parameters as load_checkpoint
@@ -161,13 +162,15 @@ def load_parameters(
             bar.total = total
             bar.update(done - bar.n)
 
-        def put(path: str, read: Reader) -> jax.Array:
+        def put(path: str, read: Reader | ConvertedReader) -> jax.Array:
             if path in cuts:
                 return placement.place(cuts[path], read)
             return jax.device_put(read(), placement.replicated)
 
-        tensors = model.checkpoint.tensors
-        if tensors is None:
+        tensors, converted = model.checkpoint.tensors, model.checkpoint.converted
+        if converted is not None:
+            parameters = load_converted(converted, abstract, put, progress)
+        elif tensors is None:
             seed = model.seed
             parameters = dummy_parameters(abstract, seed, placement, compile_, progress, cuts)
         else:

@@ -232,6 +232,14 @@ def _parts_of_folder(folder: Path) -> TokenizerParts:
     )
 
 
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write what `Tokenizer.from_folder` reads."""
+    (folder / TOKENIZER_FILE).write_text(tokenizer.backend.to_str(), "utf-8")
+    templates = [{"name": k, "template": v} for k, v in tokenizer.templates.items()]
+    config = {**tokenizer.special_tokens, "chat_template": templates}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), "utf-8")
+
+
 def _templates_of_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Chat templates by name. Files take precedence over tokenizer_config.json, as with Hugging
     Face.
