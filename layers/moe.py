@@ -73,6 +73,7 @@ class Experts(nnx.Module):
     """The weights of all routed experts, or of those of one rank, stacked."""
 
     def __init__(self, dim: int, moe: MoEConfig, dtype: str) -> None:
+        self.moe = moe
         E = moe.num_experts if moe.num_local_experts is None else moe.num_local_experts
         F = moe.moe_intermediate_size
         self.gate_up_proj = param((E, (F, F), dim), ("experts", "expert_mlp", "embed"), dtype)
@@ -82,40 +83,15 @@ class Experts(nnx.Module):
             return param((E, rows), ("experts", axis), dtype, "zeros") if moe.bias else None
 
         self.gate_up_bias, self.down_bias = bias((F, F), "expert_mlp"), bias(dim, "embed")
-
-
-class SparseMLP(nnx.Module):
-    """Routed experts in the place of a decoder layer's MLP."""
-
-    def __init__(self, dim: int, moe: MoEConfig, dtype: str) -> None:
-        self.moe = moe
-        self.gate = Router(dim, moe.num_experts, dtype, bias=moe.bias)
-        self.experts = Experts(dim, moe, dtype)
-        has_bias = moe.grouped is not None and moe.grouped.has_bias
-        self.e_score_correction_bias = (
-            param((moe.num_experts,), (None,), "float32", "zeros") if has_bias else None
-        )
         self.slots = None if moe.slots is None else slot_table(moe.num_experts, moe.slots)
 
-    def choose(self, logits_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(expert ids, weights) of each token."""
-        moe = self.moe
-        top_k, renormalise = moe.num_experts_per_tok, moe.norm_topk_prob
-        if moe.grouped is None:
-            return route(logits_TE, top_k, renormalise=renormalise)
-        bias_E = None if self.e_score_correction_bias is None else self.e_score_correction_bias[...]
-        return route_grouped(logits_TE, bias_E, top_k, moe.grouped, renormalise=renormalise)
-
-    def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        """[P, T, D], as `LlamaMLP.parts`; unspecified at or past `num_tokens`."""
-        local_PTD = self.local_parts(x_TD, num_tokens)
-        return sum_of_ranks(local_PTD, num_tokens, "experts", "expert_mlp")
-
-    def local_parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        """As `parts`, of what this rank's experts add: all ranks see all tokens. Where ranks have
-        other tokens and other experts, theirs come here and the results go back.
+    def local_parts(
+        self, x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, num_tokens: jax.Array
+    ) -> jax.Array:
+        """[P, T, D], as `LlamaMLP.parts`, of what this rank's experts add to tokens that chose
+        among all: all ranks see all tokens. Where ranks have other tokens and other experts, theirs
+        come here and the results go back.
         """
-        ids_Tk, weights_Tk = self.choose(self.gate(x_TD, num_tokens))
         if self.slots is not None:
             ids_Tk = choose_slots(ids_Tk, self.slots[...], x_TD)
             self.load = count_slots(ids_Tk, num_tokens, self.moe.num_places)
@@ -143,7 +119,7 @@ class SparseMLP(nnx.Module):
             weights_Tk,
             of_experts,
             num_places=self.moe.num_places,
-            num_local=self.experts.down_proj.shape[0],
+            num_local=self.down_proj.shape[0],
             capacity=capacity(T, k, num_ranks),
         )
 
@@ -151,8 +127,8 @@ class SparseMLP(nnx.Module):
         self, x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, num_tokens: jax.Array
     ) -> jax.Array:
         """Summands of what this rank's experts add to tokens. Ids are places, of all ranks."""
-        gate_up_EFD, down_EDF = self.experts.gate_up_proj[...], self.experts.down_proj[...]
-        gate_up_bias, down_bias = self.experts.gate_up_bias, self.experts.down_bias
+        gate_up_EFD, down_EDF = self.gate_up_proj[...], self.down_proj[...]
+        gate_up_bias, down_bias = self.gate_up_bias, self.down_bias
         num_experts = down_EDF.shape[0]
         num_all = None
         if num_experts < self.moe.num_places:
@@ -174,6 +150,38 @@ class SparseMLP(nnx.Module):
             activation=self.moe.activation,
             num_experts=num_all,
         )
+
+
+class SparseMLP(nnx.Module):
+    """Routed experts in the place of a decoder layer's MLP."""
+
+    def __init__(self, dim: int, moe: MoEConfig, dtype: str) -> None:
+        self.moe = moe
+        self.gate = Router(dim, moe.num_experts, dtype, bias=moe.bias)
+        self.experts = Experts(dim, moe, dtype)
+        has_bias = moe.grouped is not None and moe.grouped.has_bias
+        self.e_score_correction_bias = (
+            param((moe.num_experts,), (None,), "float32", "zeros") if has_bias else None
+        )
+
+    def choose(self, logits_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(expert ids, weights) of each token."""
+        moe = self.moe
+        top_k, renormalise = moe.num_experts_per_tok, moe.norm_topk_prob
+        if moe.grouped is None:
+            return route(logits_TE, top_k, renormalise=renormalise)
+        bias_E = None if self.e_score_correction_bias is None else self.e_score_correction_bias[...]
+        return route_grouped(logits_TE, bias_E, top_k, moe.grouped, renormalise=renormalise)
+
+    def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """[P, T, D], as `LlamaMLP.parts`; unspecified at or past `num_tokens`."""
+        local_PTD = self.local_parts(x_TD, num_tokens)
+        return sum_of_ranks(local_PTD, num_tokens, "experts", "expert_mlp")
+
+    def local_parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """As `parts`, of what this rank adds."""
+        ids_Tk, weights_Tk = self.choose(self.gate(x_TD, num_tokens))
+        return self.experts.local_parts(x_TD, ids_Tk, weights_Tk, num_tokens)
 
 
 def side_by_side(routed_PTD: jax.Array, shared_PTD: jax.Array) -> jax.Array:

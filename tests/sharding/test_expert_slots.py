@@ -25,6 +25,7 @@ from jengine.sharding.expert_balance import (
 from jengine.sharding.placement import Placement
 from jengine.sharding.split import Split
 from tests.oracles.core_pump import CorePump
+from tests.oracles.deepseek_v4 import GOLDEN
 from tests.oracles.driver import Driver
 from tests.sharding.parity import serve
 
@@ -262,6 +263,22 @@ def test_an_engine_moves_experts_while_it_serves(tmp_path: Path, load_format: st
         assert got == expected
 
 
+@pytest.mark.slow
+@pytest.mark.multi_device
+def test_deepseek_v4_shares_its_experts_out() -> None:
+    """Over data ranks, each with all of attention and its streams; experts chosen by id, too."""
+    options = dict(load_format="auto", page_size=128)
+    expected = served_tokens(GOLDEN / "tinyA", **options)
+    shared: dict[str, Any] = dict(options, data_parallel_size=4, enable_expert_parallel=True)
+    balanced = dict(
+        enable_eplb=True, num_redundant_experts=4, eplb_config=dict(window_size=2, step_interval=3)
+    )
+    for more in (dict(all2all_backend="padded_all_to_all"), balanced):
+        assert served_tokens(GOLDEN / "tinyA", **shared, **more) == expected
+    with pytest.raises(ValueError, match=r"tensor_parallel_size \(2\) must be 1 for DeepSeek-V4"):
+        served_tokens(GOLDEN / "tinyA", **options, tensor_parallel_size=2)
+
+
 def served_tokens(folder: Path, **options: Any) -> dict[str, list[int]]:
     pump = CorePump(
         folder, max_num_seqs=3, prefill_buckets=(32,), decode_buckets=(3,), max_decode_steps=4,
@@ -270,7 +287,7 @@ def served_tokens(folder: Path, **options: Any) -> dict[str, list[int]]:
     rng = np.random.default_rng(5)
     for i in range(7):
         params = SamplingParams(temperature=0, max_tokens=9 + i, ignore_eos=True)
-        pump.submit(f"r{i}", rng.integers(3, 128, 11 + 4 * i).tolist(), params)
+        pump.submit(f"r{i}", rng.integers(3, 96, 11 + 4 * i).tolist(), params)
     pump.drain()
     runner = pump.core.runner
     if runner.expert_balancer is not None:

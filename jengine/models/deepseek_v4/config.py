@@ -13,6 +13,7 @@ from jengine.models.config_fields import ConfigFields
 from jengine.models.sparse import SparseConfig
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.route_experts.grouped import GroupedRouting
+from jengine.sharding.split import Split
 
 SPARSE_RATIO = 4  # published layers of this ratio overlap their groups and select among entries
 LAYER_TYPES = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
@@ -128,6 +129,15 @@ class DeepseekV4Config(SparseConfig):
                 f"{cfg.num_attention_heads} attention heads"
             )
         return cfg
+
+    def of_rank(self, split: Split) -> Self:
+        """Ranks of other tokens share the routed experts out; all else is whole on each of them."""
+        if split.expert * split.tensor > 1:
+            raise ValueError(
+                f"tensor_parallel_size ({split.expert * split.tensor}) must be 1 for DeepSeek-V4: "
+                "use data_parallel_size with enable_expert_parallel"
+            )
+        return super().of_rank(split)
 
     def layer_rope(self, layer: int) -> RopeTable:
         return self.rope if self.compressions[layer] is None else self.compress_rope

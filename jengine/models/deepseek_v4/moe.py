@@ -10,7 +10,6 @@ from jengine.layers.linear import Linear
 from jengine.layers.moe import Experts, Router, side_by_side
 from jengine.layers.param import param
 from jengine.models.deepseek_v4.config import DeepseekV4Config
-from jengine.pallas_kernels.grouped_matmul.api import expert_parts
 from jengine.pallas_kernels.linear.reference import sum_of_parts
 from jengine.pallas_kernels.route_experts.api import route_given, route_grouped
 from jengine.pallas_kernels.silu_mul.api import silu_mul
@@ -50,15 +49,7 @@ class DeepseekV4MoE(nnx.Module):
 
     def __call__(self, x_TD: jax.Array, token_ids_T: jax.Array, num_tokens: jax.Array) -> jax.Array:
         ids_Tk, weights_Tk = self.choose(self.gate(x_TD, num_tokens), token_ids_T)
-        routed_PTD = expert_parts(
-            x_TD,
-            ids_Tk,
-            weights_Tk,
-            self.experts.gate_up_proj[...],
-            self.experts.down_proj[...],
-            num_tokens=num_tokens,
-            activation=self.moe.activation,
-        )
+        routed_PTD = self.experts.local_parts(x_TD, ids_Tk, weights_Tk, num_tokens)
         shared_PTD = self.shared_experts.parts(x_TD, num_tokens)
         return sum_of_parts(side_by_side(routed_PTD, shared_PTD), x_TD.dtype)
 
