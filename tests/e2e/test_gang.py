@@ -1,5 +1,6 @@
 """One engine over several real processes: it answers as one process does, and ends as a whole."""
 
+import json
 import os
 import signal
 import subprocess
@@ -49,19 +50,23 @@ class Process:
             pytest.fail(f"has not ended after {seconds} s:\n{self.log.read_text()[-3000:]}")
 
 
-def command(folder: Path, rank: int, size: int, port: int, http: int) -> list[str]:
+def command(
+    folder: Path, rank: int, size: int, port: int, http: int, host: str = "127.0.0.1"
+) -> list[str]:
     words = [sys.executable, "-m", "jengine.server", "serve", str(folder)]
     words += ["--dtype", "float32", "--served-model-name", "tiny", "--max-num-seqs", "4"]
     words += ["--max-num-batched-tokens", "32", "--num-gpu-blocks-override", "48", "--no-grpc"]
     words += ["--max-model-len", "256", "--tensor-parallel-size", str(size), "--port", str(http)]
     if size > 1:
         words += ["--nnodes", str(size), "--node-rank", str(rank)]
-        words += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        words += ["--master-addr", host, "--master-port", str(port)]
     return words
 
 
 @contextmanager
-def gang(folder: Path, tmp: Path, size: int) -> Iterator[tuple[list[Process], str]]:
+def gang(
+    folder: Path, tmp: Path, size: int, hosts: Sequence["Host"] = ()
+) -> Iterator[tuple[list[Process], str]]:
     """Processes of one engine, and the leader's URL. Whatever is left is killed at the end."""
     port, http = free_port(), free_port()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JENGINE_CACHE": str(tmp / "cache")}
@@ -70,6 +75,11 @@ def gang(folder: Path, tmp: Path, size: int) -> Iterator[tuple[list[Process], st
     try:
         for rank in range(size):
             words = command(folder, rank, size, port, http)
+            if hosts:
+                words = [
+                    *hosts[rank].enter,
+                    *command(folder, rank, size, port, http, hosts[0].address),
+                ]
             log = tmp / f"rank{rank}.log"
             with log.open("wb") as out:
                 popen = subprocess.Popen(
@@ -199,3 +209,78 @@ def test_other_flags_are_refused(folder: Path, tmp_path: Path) -> None:
     finally:
         for popen in popens:
             popen.kill()
+
+
+@dataclass
+class Host:
+    """A network and a name of its own, which leads to its address, as a real host has them."""
+
+    name: str
+    address: str
+    hosts_file: Path
+
+    @property
+    def enter(self) -> list[str]:
+        """What starts a command there. Gloo, which carries XLA's collectives on CPUs, binds what
+        the host's name stands for.
+        """
+        script = f'hostname {self.name}; mount --bind "{self.hosts_file}" /etc/hosts; exec "$@"'
+        inside = ["unshare", "--uts", "--mount", "sh", "-c", script, "sh"]
+        return ["ip", "netns", "exec", self.name, *inside]
+
+
+@contextmanager
+def two_hosts(tmp: Path) -> Iterator[list[Host]]:
+    """Joined by a cable. Skips where they cannot be made."""
+    tag = f"jg{os.getpid() % 100_000}"
+    hosts_file = tmp / "hosts"
+    hosts = [Host(f"{tag}-{i}", f"10.231.7.{i + 1}", hosts_file) for i in range(2)]
+    lines = ["127.0.0.1 localhost", *(f"{host.address} {host.name}" for host in hosts)]
+    hosts_file.write_text("\n".join(lines) + "\n")
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        try:
+            for host in hosts:
+                ip("netns", "add", host.name)
+            ends = [f"{tag}v{i}" for i in range(2)]
+            ip("link", "add", ends[0], "netns", hosts[0].name, "type", "veth",
+               "peer", "name", ends[1], "netns", hosts[1].name)  # fmt: skip
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        for host, end in zip(hosts, ends, strict=True):
+            ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", end)
+            ip("-n", host.name, "link", "set", end, "up")
+            ip("-n", host.name, "link", "set", "lo", "up")
+        yield hosts
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host.name], check=False, capture_output=True)
+
+
+ASK = """
+import json, sys
+from tests.e2e.test_gang import answers, wait_ready
+wait_ready([], sys.argv[1])
+print(json.dumps(answers(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+def test_on_two_hosts(folder: Path, alone: list[Any], tmp_path: Path) -> None:
+    """They share no loopback and no name. The second is cut off at the end: both processes end."""
+    with two_hosts(tmp_path) as hosts, gang(folder, tmp_path, 2, hosts) as (processes, url):
+        asked = subprocess.run(
+            [*hosts[0].enter, sys.executable, "-c", ASK, url], cwd=REPO, capture_output=True,
+            text=True, timeout=START_SECONDS,
+        )  # fmt: skip
+        logs = [process.log.read_text()[-2000:] for process in processes]
+        assert asked.returncode == 0, [asked.stderr[-2000:], *logs]
+        assert json.loads(asked.stdout) == json.loads(json.dumps(alone))
+        links = ["ip", "-n", hosts[1].name, "link", "set", f"{hosts[1].name[:-2]}v1", "down"]
+        subprocess.run(links, check=True)
+        codes = [process.end(2 * LOST_SECONDS) for process in processes]
+        assert all(code not in (0, None) for code in codes), codes
