@@ -62,7 +62,7 @@ class ModelDefinition:
                 info.logical_axes,
                 info.sections,
                 local[path].sections,
-                self.expert_slots if info.logical_axes[0] == "experts" else (),
+                self.expert_slots if info.logical_axes[:1] == ("experts",) else (),
             )
             for path, info in whole.items()
         }

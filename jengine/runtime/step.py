@@ -210,6 +210,8 @@ def _count_slots(rows: RowState, model: nnx.Module) -> RowState:
     if rows.slot_load is None:
         return rows
     loads = jax.tree.leaves(nnx.state(model, SlotLoad))  # in the order of layers
+    if len(loads) != rows.slot_load.shape[1]:
+        raise ValueError("enable_eplb: the model has experts that take no part in its steps")
     return dataclasses.replace(rows, slot_load=rows.slot_load + jnp.stack(loads)[None])
 
 
