@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.gpu_profile import report_decode
@@ -103,7 +104,7 @@ def measure(llm: LLM, vocab_size: int, options: argparse.Namespace) -> dict[str,
 def report_memory(llm: LLM) -> None:
     """The memory plan beside what the device says now that the largest steps have run."""
     plan = llm._core.runner.memory_plan()
-    stats: Any = llm._core.runner.blueprint.device.memory_stats()
+    stats: Any = jax.local_devices()[0].memory_stats()
     peak = stats["peak_bytes_in_use"]
     print(plan.table())
     print(

@@ -93,6 +93,14 @@ class EngineFlags:
             text="raw_logprobs (default), raw_logits, processed_logprobs or processed_logits.",
         ),
     ] = None
+    batch_invariant: Annotated[
+        bool | None,
+        _flag(
+            "--batch-invariant/--no-batch-invariant",
+            panel=_MODEL,
+            text="The same bits for a request in any batch; by default where it can be promised.",
+        ),
+    ] = None
     logits_processors: Annotated[
         list[str] | None,
         _flag(

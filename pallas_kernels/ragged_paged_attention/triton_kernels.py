@@ -2,6 +2,10 @@
 
 Softmax runs in base 2. `top` is the running maximum, `total` the running sum, `acc` the output
 before it is divided by the sum (flash attention, arXiv:2205.14135).
+
+A row's context is cut into chunks by its own length (`chunk_of`). Each chunk is summed by itself,
+block by block, and chunks are folded in their order: whether one program reads them all, or
+several, or a tile of a prompt does, the row has the same bits.
 """
 
 import triton
@@ -94,20 +98,51 @@ def finish(top, total, acc, sink, HAS_SINKS: tl.constexpr):
 
 
 @triton.jit
+def fold(top, total, acc, chunk_top, chunk_total, chunk_acc, is_folded):
+    """Add a chunk to what came before it; where not `is_folded` it stays as it is.
+
+    The rounding of sums is spelled out: kernels must not differ in it.
+    """
+    new_top = tl.where(is_folded, tl.maximum(top, chunk_top), top)
+    before = tl.exp2(top - new_top)
+    added = tl.where(is_folded, tl.exp2(chunk_top - new_top), 0.0)
+    total = tl.fma(total, before, chunk_total * added)
+    acc = tl.fma(acc, tl.broadcast_to(before[:, None], acc.shape), chunk_acc * added[:, None])
+    return new_top, total, acc
+
+
+@triton.jit
+def restart(top, total, acc, is_folded):
+    """A fresh chunk where the last one is folded."""
+    kept = tl.where(is_folded, 0.0, 1.0)
+    return tl.where(is_folded, NEVER, top), total * kept, acc * kept[:, None]
+
+
+@triton.jit
+def chunk_of(lens, MIN_CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr):
+    """Positions in a chunk of contexts of these lengths: see `work.chunk_of`."""
+    chunk = tl.zeros_like(lens) + MIN_CHUNK
+    for doubling in tl.static_range(16):
+        is_more = lens > MAX_CHUNKS * (MIN_CHUNK << doubling)
+        chunk = tl.where(is_more, 2 * (MIN_CHUNK << doubling), chunk)
+    return chunk
+
+
+@triton.jit
 def decode_split(
     q_ptr,  # [T, N, H]
     kv_ptr,  # [P, B, 2, K, H]
     table_ptr,  # i32[S, M]
     token_ptr,  # i32[S + 1]: the token of a sequence
-    work_ptr,  # i32[W, 4]: sequence, first position, end, number of splits of the sequence
+    work_ptr,  # i32[W, 5]: sequence, first position, end, positions in a chunk, is it all
     num_work_ptr,  # i32[1]
     sinks_ptr,  # f32[N], or anything
     prior_ptr,  # [T, N, H]: aliased to out where another kernel wrote some of its rows
     # outputs
     out_ptr,  # [T, N, H]; written here for a sequence of one split
-    acc_ptr,  # f32[W, N, H]
-    top_ptr,  # f32[W, N]
-    total_ptr,  # f32[W, N]
+    acc_ptr,  # f32[S, MAX_CHUNKS, N, H]
+    top_ptr,  # f32[S, MAX_CHUNKS, N]
+    total_ptr,  # f32[S, MAX_CHUNKS, N]
     N: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -116,6 +151,7 @@ def decode_split(
     B: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -123,7 +159,9 @@ def decode_split(
     WIDE: tl.constexpr,  # multiply in float32
     NUM_PROGRAMS: tl.constexpr,
 ):
-    """The newest token of a sequence against one split of its context, for one KV head."""
+    """The newest token of a sequence against one split of its context, for one KV head: some of
+    its chunks, which are folded here if they are all, else left to `fold_chunks`.
+    """
     G: tl.constexpr = N // K
     DTYPE: tl.constexpr = tl.float32 if WIDE else kv_ptr.dtype.element_ty
     rows = tl.arange(0, GP)
@@ -133,10 +171,11 @@ def decode_split(
     for item in range(tl.program_id(0), num_items, NUM_PROGRAMS):
         work = item // K
         head = item % K
-        sequence = tl.load(work_ptr + work * 4)
-        begin = tl.load(work_ptr + work * 4 + 1)
-        end = tl.load(work_ptr + work * 4 + 2)
-        num_splits = tl.load(work_ptr + work * 4 + 3)
+        sequence = tl.load(work_ptr + work * 5)
+        begin = tl.load(work_ptr + work * 5 + 1)
+        end = tl.load(work_ptr + work * 5 + 2)
+        chunk = tl.load(work_ptr + work * 5 + 3)
+        is_all = tl.load(work_ptr + work * 5 + 4) > 0
         token = tl.load(token_ptr + sequence)
         heads = head * G + rows
         q_offsets = (token * N + heads)[:, None] * H + offsets_h[None, :]
@@ -144,6 +183,9 @@ def decode_split(
         top = tl.full([GP], NEVER, tl.float32)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, HP], tl.float32)
+        all_top = tl.full([GP], NEVER, tl.float32)
+        all_total = tl.zeros([GP], tl.float32)
+        all_acc = tl.zeros([GP, HP], tl.float32)
         for start in range(begin // BLOCK * BLOCK, end, BLOCK):
             at = start + tl.arange(0, BLOCK)
             is_live = (at >= begin) & (at < end)
@@ -154,23 +196,31 @@ def decode_split(
             top, total, acc = attend_block(
                 q, k, v, is_seen, top, total, acc, SCALE, SOFT_CAP, PRECISION
             )
-        if num_splits == 1:
-            sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else top
-            out = finish(top, total, acc, sink, HAS_SINKS)
+            if ((start + BLOCK) & (chunk - 1) == 0) | (start + BLOCK >= end):
+                if is_all:
+                    all_top, all_total, all_acc = fold(
+                        all_top, all_total, all_acc, top, total, acc, rows >= 0
+                    )
+                else:
+                    partial = (sequence * MAX_CHUNKS + start // chunk).to(tl.int64) * N + heads
+                    tl.store(acc_ptr + partial[:, None] * H + offsets_h[None, :], acc, mask=in_tile)
+                    tl.store(top_ptr + partial, top, mask=rows < G)
+                    tl.store(total_ptr + partial, total, mask=rows < G)
+                top = tl.full([GP], NEVER, tl.float32)
+                total = tl.zeros([GP], tl.float32)
+                acc = tl.zeros([GP, HP], tl.float32)
+        if is_all:
+            sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else all_top
+            out = finish(all_top, all_total, all_acc, sink, HAS_SINKS)
             tl.store(out_ptr + q_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)
-        else:
-            partial = work * N + heads
-            tl.store(acc_ptr + partial[:, None] * H + offsets_h[None, :], acc, mask=in_tile)
-            tl.store(top_ptr + partial, top, mask=rows < G)
-            tl.store(total_ptr + partial, total, mask=rows < G)
 
 
 @triton.jit
-def combine_splits(
-    acc_ptr,  # f32[W, N, H]
-    top_ptr,  # f32[W, N]
-    total_ptr,  # f32[W, N]
-    first_ptr,  # i32[S + 1]: first work item of a sequence
+def fold_chunks(
+    acc_ptr,  # f32[S, MAX_CHUNKS, N, H]
+    top_ptr,  # f32[S, MAX_CHUNKS, N]
+    total_ptr,  # f32[S, MAX_CHUNKS, N]
+    chunks_ptr,  # i32[S, 2]: first and end; none: written already; an end before 0: no work
     token_ptr,  # i32[S + 1]
     sinks_ptr,  # f32[N], or anything
     partial_ptr,  # [T, N, H], becomes out
@@ -181,16 +231,15 @@ def combine_splits(
     H: tl.constexpr,
     HP: tl.constexpr,
     GP: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,  # splits read at once
+    MAX_CHUNKS: tl.constexpr,
     IS_DECODE: tl.constexpr,  # rows without work are padding, and become zero
     HAS_SINKS: tl.constexpr,
 ):
-    """Add up the splits of a sequence, always in the same order, for the heads of one KV head."""
+    """Fold the chunks of a sequence that several programs read, for the heads of one KV head."""
     G: tl.constexpr = N // K
     sequence = tl.program_id(0)
-    first = tl.load(first_ptr + sequence)
-    num_splits = tl.load(first_ptr + sequence + 1) - first
+    first = tl.load(chunks_ptr + sequence * 2)
+    end = tl.load(chunks_ptr + sequence * 2 + 1)
     rows = tl.arange(0, GP)
     offsets_h = tl.arange(0, HP)
     heads = tl.program_id(1) * G + rows
@@ -198,31 +247,22 @@ def combine_splits(
     # In a decode step sequence s is token s, padding included: `token_ptr` ends with the last one.
     token = sequence if IS_DECODE else tl.load(token_ptr + sequence)
     out_offsets = (token * N + heads)[:, None] * H + offsets_h[None, :]
-    if num_splits > 1:
-        splits = tl.arange(0, MAX_SPLITS)
-        at = (first + splits)[:, None] * N + heads[None, :]
-        is_split = (splits < num_splits)[:, None] & (rows < G)[None, :]
-        top = tl.max(tl.load(top_ptr + at, mask=is_split, other=NEVER), 0)
+    if end > first:
+        top = tl.full([GP], NEVER, tl.float32)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, HP], tl.float32)
-        for chunk in range(0, num_splits, CHUNK):
-            split = chunk + tl.arange(0, CHUNK)
-            partial = (first + split)[:, None] * N + heads[None, :]
-            is_part = (split < num_splits)[:, None] & (rows < G)[None, :]
-            weight = tl.exp2(tl.load(top_ptr + partial, mask=is_part, other=NEVER) - top[None, :])
-            totals = tl.load(total_ptr + partial, mask=is_part, other=0.0)
-            parts = tl.load(
-                acc_ptr + partial[:, :, None] * H + offsets_h[None, None, :],
-                mask=is_part[:, :, None] & (offsets_h < H)[None, None, :],
-                other=0.0,
-            )
-            total += tl.sum(totals * weight, 0)
-            acc += tl.sum(parts * weight[:, :, None], 0)
+        for chunk in range(first, end):
+            partial = (sequence * MAX_CHUNKS + chunk).to(tl.int64) * N + heads
+            chunk_top = tl.load(top_ptr + partial, mask=rows < G, other=NEVER)
+            chunk_total = tl.load(total_ptr + partial, mask=rows < G, other=0.0)
+            at = partial[:, None] * H + offsets_h[None, :]
+            chunk_acc = tl.load(acc_ptr + at, mask=in_tile, other=0.0)
+            top, total, acc = fold(top, total, acc, chunk_top, chunk_total, chunk_acc, rows >= 0)
         sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else top
         out = finish(top, total, acc, sink, HAS_SINKS)
         tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)
     if IS_DECODE:  # noqa: SIM102
-        if num_splits == 0:
+        if end < 0:
             zero = tl.zeros([GP, HP], tl.float32)
             tl.store(out_ptr + out_offsets, zero.to(out_ptr.dtype.element_ty), mask=in_tile)
 
@@ -247,6 +287,8 @@ def attend_tile(
     M: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
@@ -281,10 +323,18 @@ def attend_tile(
     top = tl.full([ROWS], NEVER, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HP], tl.float32)
+    chunk = chunk_of(position + 1, MIN_CHUNK, MAX_CHUNKS)
+    all_top = tl.full([ROWS], NEVER, tl.float32)
+    all_total = tl.zeros([ROWS], tl.float32)
+    all_acc = tl.zeros([ROWS, HP], tl.float32)
     for start in range(begin, masked, BLOCK):
         at = start + tl.arange(0, BLOCK)
         k, v = load_block(kv_ptr, table_ptr, at, at >= 0, offsets_h, head, K, H, B, DTYPE)
         top, total, acc = attend_block(q, k, v, None, top, total, acc, SCALE, SOFT_CAP, PRECISION)
+        if (start + BLOCK) % MIN_CHUNK == 0:
+            is_end = (start + BLOCK) & (chunk - 1) == 0
+            all_top, all_total, all_acc = fold(all_top, all_total, all_acc, top, total, acc, is_end)
+            top, total, acc = restart(top, total, acc, is_end)
     for start in range(masked, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         is_live = at < end
@@ -297,6 +347,11 @@ def attend_tile(
         top, total, acc = attend_block(
             q, k, v, is_seen, top, total, acc, SCALE, SOFT_CAP, PRECISION
         )
+        if (start + BLOCK) % MIN_CHUNK == 0:
+            is_end = (start + BLOCK) & (chunk - 1) == 0
+            all_top, all_total, all_acc = fold(all_top, all_total, all_acc, top, total, acc, is_end)
+            top, total, acc = restart(top, total, acc, is_end)
+    top, total, acc = fold(all_top, all_total, all_acc, top, total, acc, rows >= 0)
     sink = tl.load(sinks_ptr + heads, mask=is_row, other=0.0) if HAS_SINKS else top
     out = finish(top, total, acc, sink, HAS_SINKS)
     tl.store(out_ptr + q_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)
