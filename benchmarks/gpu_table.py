@@ -46,6 +46,7 @@ def main() -> None:
         default=(),
         help="decode cases to trace as well, one step a dispatch",
     )
+    parser.add_argument("--batch-invariant", action=argparse.BooleanOptionalAction)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = json.loads(options.shapes.read_text())[options.name]
@@ -63,6 +64,7 @@ def main() -> None:
             decode_buckets=tuple(options.decode_buckets),
             prefill_buckets=tuple(options.prefill_buckets),
             compile_threads=options.compile_threads,
+            batch_invariant=options.batch_invariant,
         )
         ready = time.perf_counter() - started
         llm.wait_until_compiled()

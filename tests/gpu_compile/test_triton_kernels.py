@@ -26,12 +26,18 @@ SHAPES = [  # (heads, KV heads, head size, dtype)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dtype"), SHAPES)
-@pytest.mark.parametrize("kernel", ["decode_split", "attend_tile"])
+@pytest.mark.parametrize(
+    "kernel", ["decode_chunk", "decode_chunk, few columns", "attend_tile", "attend_tile, long"]
+)
 def test_attention(
     kernel: str, heads: int, kv_heads: int, head_dim: int, dtype: str, tmp_path: Path
 ) -> None:
     from jengine.pallas_kernels.ragged_paged_attention import triton_gpu, triton_kernels
-    from jengine.pallas_kernels.ragged_paged_attention.work import MAX_CHUNKS, MIN_CHUNK
+    from jengine.pallas_kernels.ragged_paged_attention.work import (
+        DOUBLINGS,
+        MAX_CHUNKS,
+        MIN_CHUNK,
+    )
     from jengine.pallas_kernels.triton_call import POINTER_OF
 
     itemsize = 4 if dtype == "float32" else 2
@@ -41,19 +47,22 @@ def test_attention(
         "B": 16, "M": 512, "SCALE": head_dim**-0.5, "SOFT_CAP": 0.0, "HAS_SINKS": False,
         "PRECISION": "ieee", "WIDE": dtype == "float32", "MAX_CHUNKS": MAX_CHUNKS,
     }  # fmt: skip
-    if kernel == "decode_split":
+    if kernel.startswith("decode_chunk"):
         tiling = triton_gpu.decode_tiling(head_dim, itemsize)
         constants |= {"GP": max(tiling.rows, group), "BLOCK": tiling.block, "NUM_PROGRAMS": 264}
+        few = triton_gpu.MIN_COLUMNS if itemsize == 2 else constants["HP"]
+        constants["COLUMNS"] = few if kernel.endswith("columns") else constants["HP"]
         pointers = (data, data, *["*i32"] * 5, data, data, *["*fp32"] * 3)
     else:
-        tiling = triton_gpu.tile_tiling(head_dim, itemsize)
+        is_long = kernel.endswith("long")
+        tiling = triton_gpu.tile_tiling(128, head_dim, itemsize, is_long=is_long)
         constants |= {
             "GP": group, "ROWS": max(tiling.rows, group), "BLOCK": tiling.block, "WINDOW": 0,
-            "MIN_CHUNK": MIN_CHUNK,
+            "MIN_CHUNK": MIN_CHUNK, "DOUBLINGS": DOUBLINGS, "IS_LONG": is_long,
         }  # fmt: skip
         pointers = (data, data, *["*i32"] * 4, data, data)
     compiled = compile_for_hopper(
-        getattr(triton_kernels, kernel), pointers, constants, tiling.schedule
+        getattr(triton_kernels, kernel.split(",")[0]), pointers, constants, tiling.schedule
     )
     assert compiled.shared_bytes * tiling.programs_per_multiprocessor <= SHARED_BYTES
     # Keys arrive by asynchronous copies, while the last ones are multiplied.
