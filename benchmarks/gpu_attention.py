@@ -25,7 +25,7 @@ from jengine.pallas_kernels.ragged_paged_attention.triton_gpu import Tiling
 from jengine.pallas_kernels.triton_call import Schedule
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
-KERNELS = ("decode_split", "combine_splits", "attend_tile")
+KERNELS = ("decode_chunk", "fold_chunks", "attend_tile")
 REPEATS = 9
 CALLS = 4  # behind each other: the host is ahead of the device
 DECODES = (

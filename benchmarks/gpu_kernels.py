@@ -59,12 +59,12 @@ def products() -> None:
             xs = [normal(100 + i, (rows, depth)) for i in range(copies)]
             is_head = outputs >= linear_gpu.MIN_HEAD_OUTPUTS
             dtype = jnp.float32 if is_head else jnp.bfloat16
-            kernel = linear_gpu.silu_linear if gated else linear_gpu.linear_parts
+            kernel = linear_gpu.silu_linear if gated else linear_gpu.linear
             if is_head:
-                kernel = functools.partial(linear_gpu.linear, out_dtype=dtype)
+                kernel = functools.partial(kernel, out_dtype=dtype)
             floor = weights[0].nbytes / BYTES_PER_US
             line = f"{name} x {rows}: floor {floor:.1f} us"
-            if gated or is_head or rows <= linear_gpu.MAX_PARTS_ROWS:
+            if gated or is_head or rows <= linear_gpu.MAX_ROWS:
                 line += f", ours {time_calls(kernel, zip(xs, weights, strict=True)):.1f}"
             for label, is_triton in (("XLA", True), ("cuBLASLt", False)):
                 us = time_calls(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-MARKS = ("decode_split", "decode_latent_split")  # kernels of which every layer runs one, once
+MARKS = ("decode_chunk", "decode_latent_split")  # kernels of which every layer runs one, once
 TRACED = 40  # steps of a trace, the first of them with prompts
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.gpu_profile import report_decode
@@ -45,6 +46,7 @@ def main() -> None:
         default=(),
         help="decode cases to trace as well, one step a dispatch",
     )
+    parser.add_argument("--batch-invariant", action=argparse.BooleanOptionalAction)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = json.loads(options.shapes.read_text())[options.name]
@@ -62,6 +64,7 @@ def main() -> None:
             decode_buckets=tuple(options.decode_buckets),
             prefill_buckets=tuple(options.prefill_buckets),
             compile_threads=options.compile_threads,
+            batch_invariant=options.batch_invariant,
         )
         ready = time.perf_counter() - started
         llm.wait_until_compiled()
@@ -103,7 +106,7 @@ def measure(llm: LLM, vocab_size: int, options: argparse.Namespace) -> dict[str,
 def report_memory(llm: LLM) -> None:
     """The memory plan beside what the device says now that the largest steps have run."""
     plan = llm._core.runner.memory_plan()
-    stats: Any = llm._core.runner.blueprint.device.memory_stats()
+    stats: Any = jax.local_devices()[0].memory_stats()
     peak = stats["peak_bytes_in_use"]
     print(plan.table())
     print(

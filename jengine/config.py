@@ -217,6 +217,9 @@ class EngineConfig:
     gang: ClusterFlags | None = None
     max_logprobs: int = 20
     logprobs_mode: LogprobsMode = "raw_logprobs"
+    # A request gives the same bits in any batch (docs/determinism.md). None: where we can promise
+    # it; True: or else do not start. On a CPU it is always so.
+    batch_invariant: bool | None = None
     # Functions, "module:function", or names of entry points (`logits_processors.py`). To a
     # core in a process of its own only strings can be sent.
     logits_processors: tuple[Any, ...] = ()
@@ -300,7 +303,14 @@ class EngineConfig:
             built[name] = part(model=model, **mine) if part is ModelArgs else part(**mine)
         if "logits_processors" in kwargs:
             kwargs["logits_processors"] = tuple(kwargs["logits_processors"])
-        names = ("gang", "max_logprobs", "logprobs_mode", "logits_processors", "disable_log_stats")
+        names = (
+            "gang",
+            "max_logprobs",
+            "logprobs_mode",
+            "batch_invariant",
+            "logits_processors",
+            "disable_log_stats",
+        )
         own = {k: kwargs.pop(k) for k in names if k in kwargs}
         if kwargs:
             raise TypeError(f"unknown engine arguments: {', '.join(sorted(kwargs))}")

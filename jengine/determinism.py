@@ -14,7 +14,7 @@ from jengine.llm import LLM
 from jengine.outputs import CompletionOutput
 from jengine.request import SamplingParams
 
-PROBE_LENGTHS = (5, 21, 64, 150)  # tokens; none longer than a third of the context
+PROBE_LENGTHS = (5, 21, 64, 150, 700)  # tokens; none longer than a third of the context
 MAX_TOKENS = 24
 NUM_LOGPROBS = 3
 COMPANIONS = (1, 7, 63, 255)  # as far as `max_num_seqs` goes

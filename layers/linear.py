@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jengine.layers.param import Size, param
-from jengine.pallas_kernels.linear.api import linear, linear_parts
+from jengine.pallas_kernels.linear.api import linear
 from jengine.pallas_kernels.linear.reference import sum_of_parts
 from jengine.sharding import collectives
 
@@ -40,9 +40,7 @@ class Linear(nnx.Module):
 
     def local_parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """As `parts`, of what this rank adds to the result."""
-        if self.bias is not None:
-            return self._whole(x_TD, num_tokens)[None]
-        return linear_parts(x_TD, self.weight[...], num_tokens=num_tokens)
+        return self._whole(x_TD, num_tokens)[None]
 
     def _whole(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """What this rank adds, in one summand."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.argmax_rows.api import argmax_rows
+from jengine.pallas_kernels.log_softmax_rows.api import log_softmax_rows
 from jengine.pallas_kernels.top_k_rows.api import top_k_rows
 
 ROWS_AT_ONCE = 64  # of logits that are sampled otherwise than greedily
@@ -135,7 +136,7 @@ def logprobs(
     num_seqs = logits_SV.shape[0]
 
     def compute(logits_SV: jax.Array, ids_S: jax.Array) -> Logprobs:
-        logp_SV = jax.nn.log_softmax(logits_SV, axis=-1) if is_normalised else logits_SV
+        logp_SV = log_softmax_rows(logits_SV) if is_normalised else logits_SV
         chosen_S = _chosen(logp_SV, ids_S)
         rank_S = jnp.sum(logp_SV > chosen_S[:, None], axis=-1, dtype=jnp.int32) + 1
         top_values, top_ids = top_k_rows(logp_SV, num_top)
@@ -154,7 +155,7 @@ def logprobs(
 
 def chosen_logprobs(logits_SV: jax.Array, ids_S: jax.Array) -> jax.Array:
     """f32[S]: raw log-probabilities of these tokens, as `logprobs` gives them."""
-    return _chosen(jax.nn.log_softmax(logits_SV, axis=-1), ids_S)
+    return _chosen(log_softmax_rows(logits_SV), ids_S)
 
 
 def _chosen(logp_SV: jax.Array, ids_S: jax.Array) -> jax.Array:

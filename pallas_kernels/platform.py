@@ -1,4 +1,4 @@
-"""Which platform the program being traced is for: back ends are chosen by it (`dispatch.py`)."""
+"""What the program being traced is for: back ends are chosen by it (`dispatch.py`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ import jax
 Platform = Literal["cpu", "cuda"]
 
 _target: ContextVar[Platform | None] = ContextVar("target_platform", default=None)
+_is_invariant: ContextVar[bool] = ContextVar("is_batch_invariant", default=True)
 
 
 def platform() -> str:
@@ -32,6 +33,23 @@ def tracing_for(target: Platform) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+def is_batch_invariant() -> bool:
+    """Whether a row must have the same bits in every batch and bucket (docs/determinism.md). On a
+    CPU it always has.
+    """
+    return _is_invariant.get()
+
+
+@contextmanager
+def tracing_invariant(wanted: bool) -> Iterator[None]:
+    """Trace with or without that promise; holds as `tracing_for` does."""
+    token = _is_invariant.set(wanted)
+    try:
+        yield
+    finally:
+        _is_invariant.reset(token)
 
 
 def require_cuda() -> None:

@@ -93,6 +93,14 @@ class EngineFlags:
             text="raw_logprobs (default), raw_logits, processed_logprobs or processed_logits.",
         ),
     ] = None
+    batch_invariant: Annotated[
+        bool | None,
+        _flag(
+            "--batch-invariant/--no-batch-invariant",
+            panel=_MODEL,
+            text="The same bits for a request in any batch; by default where it can be promised.",
+        ),
+    ] = None
     logits_processors: Annotated[
         list[str] | None,
         _flag(
@@ -201,12 +209,7 @@ class EngineFlags:
         ),
     ] = None
     enable_eplb: Annotated[
-        bool,
-        _flag(
-            "--enable-eplb",
-            panel=_PARALLEL,
-            text="Move experts between steps, so that all devices get as much to do.",
-        ),
+        bool, _flag("--enable-eplb", panel=_PARALLEL, text="Move experts, for an even load.")
     ] = False
     num_redundant_experts: Annotated[
         int | None,
@@ -218,11 +221,7 @@ class EngineFlags:
     ] = None
     eplb_config: Annotated[
         str | None,
-        _flag(
-            "--eplb-config",
-            panel=_PARALLEL,
-            text="With it, JSON: window_size (1000 steps), step_interval (3000), ...",
-        ),
+        _flag("--eplb-config", panel=_PARALLEL, text="With it, JSON: step_interval (3000), ..."),
     ] = None
     data_parallel_size: Annotated[
         int | None,

@@ -35,6 +35,7 @@ from jengine.runtime.aot import (
     source_digest,
 )
 from jengine.runtime.batch import BatchLayout
+from jengine.runtime.batch_invariance import resolve_batch_invariant
 from jengine.runtime.buckets import Bucket, build_buckets, essential_buckets, preparation_order
 from jengine.runtime.decode_steps import bytes_of_one_token, choose_max_decode_steps
 from jengine.runtime.expert_slots import expert_layers, slot_tables
@@ -256,6 +257,7 @@ def _step_spec(
         num_logprobs=num_top,
         keeps_logits=not 0 <= config.max_logprobs <= num_top,
         logprobs_mode=config.logprobs_mode,
+        batch_invariant=resolve_batch_invariant(config.batch_invariant, model.module, model.cfg),
         logits_processors=load_processors(config.logits_processors),
     )
 
@@ -354,5 +356,6 @@ def _program_facts(model: ModelDefinition, table: ProgramTable) -> dict[str, Any
         "num_logprobs": table.spec.num_logprobs,
         "keeps_logits": table.spec.keeps_logits,
         "logprobs_mode": table.spec.logprobs_mode,
+        "batch_invariant": table.spec.batch_invariant,
         "logits_processors": check_processors(table.spec.logits_processors, model.cfg.vocab_size),
     }

@@ -10,6 +10,7 @@ from jengine.kv_spec import KVSpec
 from jengine.layers.attention import AttentionMetadata, slot_mapping
 from jengine.layers.sampling import chosen_logprobs
 from jengine.pallas_kernels.dispatch import differentiable
+from jengine.pallas_kernels.platform import tracing_invariant
 from jengine.runtime.step import StepSpec
 
 MIN_TOKENS = 16  # of a padded pass
@@ -76,7 +77,7 @@ def build_logprobs(spec: StepSpec) -> Callable[[Leaves, jax.Array, jax.Array], j
     forward = build_forward(spec)
 
     def logprobs(params: Leaves, token_ids_T: jax.Array, lengths_S: jax.Array) -> jax.Array:
-        with differentiable():
+        with differentiable(), tracing_invariant(spec.batch_invariant):
             hidden_TD = forward(params, token_ids_T, lengths_S)
             model, T = spec.model(params), token_ids_T.shape[0]
             num_blocks = -(-T // LOGITS_ROWS)

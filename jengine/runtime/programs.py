@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from jengine.layers.sampling import Logprobs, RowState
+from jengine.pallas_kernels.platform import tracing_invariant
 from jengine.runtime.aot import ExecutableStore
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.buckets import Bucket
@@ -77,6 +78,10 @@ class ProgramTable:
     expert_layers: tuple[ExpertLayer, ...] = ()  # whose experts lie in slots
 
     def lower(self, name: str) -> jax.stages.Lowered:
+        with tracing_invariant(self.spec.batch_invariant):
+            return self._lower(name)
+
+    def _lower(self, name: str) -> jax.stages.Lowered:
         program = self.program(name)
         if name == EMPTY:  # no argument says where it lives
             where = jax.tree.map(lambda x: x.sharding, program.result)
@@ -88,7 +93,8 @@ class ProgramTable:
         """What to compile it with, where most programs are compiled with `options`."""
         if (layout := self.layouts_by_name.get(name)) is None:
             return options
-        return bucket_options(options, layout.num_tokens, layout.num_seqs)
+        is_invariant = self.spec.batch_invariant
+        return bucket_options(options, layout.num_tokens, layout.num_seqs, is_invariant)
 
     def program(self, name: str) -> Program:
         if name == EMPTY:

@@ -55,6 +55,7 @@ class StepSpec:
     num_logprobs: int
     keeps_logits: bool  # for log-probabilities of the whole vocabulary, which the host computes
     logprobs_mode: LogprobsMode = "raw_logprobs"
+    batch_invariant: bool = True  # see `platform.is_batch_invariant`
     logits_processors: tuple[LogitsProcessor, ...] = ()
 
     @property

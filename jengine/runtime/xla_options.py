@@ -32,9 +32,12 @@ def compiler_options(platform: str, user_flags: str = "", num_processes: int = 1
 
 CUBLAS_SEQS = 64  # fewest that decode with cuBLASLt alone
 GRAPH_TOKENS = 256  # the most that a step with prompts may hold to be a graph
+TUNED_TOKENS = 1024  # fewest of a step whose products are tuned, if bits may not depend on it
 
 
-def bucket_options(options: Options, num_tokens: int, num_seqs: int) -> Options:
+def bucket_options(
+    options: Options, num_tokens: int, num_seqs: int, is_batch_invariant: bool = False
+) -> Options:
     """Changes to `options` (none on a CPU) for the program of one bucket, measured on an H100.
 
     Long prompts do without graphs: their kernels are long enough to be launched one by one,
@@ -46,13 +49,24 @@ def bucket_options(options: Options, num_tokens: int, num_seqs: int) -> Options:
     Decode steps of many sequences do without XLA's matrix kernels, too: autotuning takes them by
     their own time, without the sum of the splits that follows (64 rows of 14,336 times 4,096: 57 us
     in a graph, 47 with cuBLASLt). Those of fewer have our own.
+
+    Where bits may not depend on the bucket, nothing is taken that cuts a product's depth: XLA's
+    matrix kernels do, and so do cuBLASLt's where tuning finds them faster, for few rows of great
+    depth. What it takes by itself did not, for any of the shapes that `tests/gpu` compares.
     """
     if not options:
         return options
     is_decode = num_tokens == num_seqs
+    if is_batch_invariant:
+        changes: Options = {"xla_gpu_enable_triton_gemm": False}
+        if num_tokens < TUNED_TOKENS:
+            changes["xla_gpu_autotune_level"] = 0
+        if not is_decode and num_tokens > GRAPH_TOKENS:
+            changes["xla_gpu_enable_command_buffer"] = ""
+        return options | changes
     if not is_decode and num_tokens <= GRAPH_TOKENS:
         return options
-    changes: Options = {} if is_decode else {"xla_gpu_enable_command_buffer": ""}
+    changes = {} if is_decode else {"xla_gpu_enable_command_buffer": ""}
     if num_seqs >= (CUBLAS_SEQS if is_decode else 8):
         changes["xla_gpu_enable_triton_gemm"] = False
     return options | changes

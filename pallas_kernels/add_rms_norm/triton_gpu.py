@@ -1,14 +1,14 @@
-"""`add_rms_norm` of summands on NVIDIA GPUs: one kernel. A single one is left to XLA, which lets
-the product before add it to `x`.
+"""`add_rms_norm` on NVIDIA GPUs: one kernel. Where a row's bits may depend on its batch, a single
+summand of many rows is left to XLA, which lets the product before add it to `x`.
 """
 
 import jax
 import jax.numpy as jnp
 
-from jengine.pallas_kernels.platform import require_cuda
-from jengine.pallas_kernels.triton_call import Schedule, triton_call
-
-MAX_WIDTH = 16384  # a row is one block
+from jengine.pallas_kernels.linear.triton_gpu import MAX_ROWS
+from jengine.pallas_kernels.platform import is_batch_invariant, require_cuda
+from jengine.pallas_kernels.rms_norm.triton_gpu import MAX_WIDTH, row_schedule
+from jengine.pallas_kernels.triton_call import triton_call
 
 
 def add_rms_norm(
@@ -20,7 +20,8 @@ def add_rms_norm(
     num_tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     (P, T, D) = parts_PTD.shape
-    if P == 1 or D > MAX_WIDTH:
+    is_xlas = P == 1 and T > MAX_ROWS and not is_batch_invariant()
+    if D > MAX_WIDTH or is_xlas:
         raise NotImplementedError(f"summands {parts_PTD.shape}")
     require_cuda()
     from jengine.pallas_kernels.add_rms_norm.triton_kernels import add_and_norm
@@ -33,6 +34,6 @@ def add_rms_norm(
         [row, row],
         grid=(T,),
         constants={"T": T, "D": D, "DP": 1 << (D - 1).bit_length(), "P": P, "EPS": float(eps)},
-        schedule=Schedule(num_warps=16 if D >= 4096 else 8, num_stages=1),
+        schedule=row_schedule(D),
     )
     return x_TD, normed_TD

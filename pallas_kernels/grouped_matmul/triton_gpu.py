@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
-from jengine.pallas_kernels.platform import require_cuda
+from jengine.pallas_kernels.platform import is_batch_invariant, require_cuda
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
 DTYPES = ("bfloat16", "float16", "float32")
-FEW_TOKENS = 256  # up to here summands stay float32
+FEW_TOKENS = 256  # up to here summands stay float32, if bits may depend on the batch
 COUNTED = 2048  # pairs that a planning program takes at once
 FEW_PAIRS = 32  # with these, smaller tiles are needed to reach every multiprocessor
 UNIT = 64  # depths are multiples of it
@@ -114,6 +114,7 @@ def expert_parts(
         },
         schedule=tile.schedule,
     )  # fmt: skip
+    is_wide = k > 1 and T <= FEW_TOKENS and not is_batch_invariant()
     tile = down_tiling(rows, T * k, F, dtype.itemsize)
     (parts_kTD,) = triton_call(
         down_of_experts,
@@ -126,7 +127,7 @@ def expert_parts(
             tiles_G3,
             num_tiles,
         ),
-        [jax.ShapeDtypeStruct((k, T, D), jnp.float32 if k > 1 and T <= FEW_TOKENS else dtype)],
+        [jax.ShapeDtypeStruct((k, T, D), jnp.float32 if is_wide else dtype)],
         grid=(G * -(-D // tile.outputs),),
         constants={
             "T": T, "D": D, "F": F, "TOP_K": k, "BF": tile.outputs, "ROWS": rows,

@@ -29,24 +29,11 @@ def linear(
     return _linear(x_TD, w_FD, bias_F, num_tokens=num_tokens, out_dtype=out_dtype)
 
 
-def linear_parts(
-    x_TD: jax.Array, w_FD: jax.Array, *, num_tokens: jax.Array | None = None
-) -> jax.Array:
-    """Return summands [P, T, F] of `x @ w.T`: one, in `x.dtype`, or several in float32, whose sum
-    the next operation forms and rounds. Else as `linear`.
-    """
-    return _linear_parts(x_TD, w_FD, num_tokens=num_tokens)
-
-
 def silu_linear(
     x_TD: jax.Array, w_F2D: jax.Array, *, num_tokens: jax.Array | None = None
 ) -> jax.Array:
     """Return `silu_mul(linear(x, w))`, of shape [T, F]."""
     return _silu_linear(x_TD, w_F2D, num_tokens=num_tokens)
-
-
-def _whole(x_TD: jax.Array, w_FD: jax.Array, *, num_tokens: jax.Array | None = None) -> jax.Array:
-    return linear(x_TD, w_FD, num_tokens=num_tokens)[None]
 
 
 def _in_turn(
@@ -55,5 +42,4 @@ def _in_turn(
     return silu_mul(linear(x_TD, w_F2D, num_tokens=num_tokens), num_tokens=num_tokens)
 
 
-_linear_parts = first_of(triton_gpu.linear_parts, _whole)
 _silu_linear = first_of(triton_gpu.silu_linear, _in_turn)

@@ -1,8 +1,8 @@
-"""Products with few rows on NVIDIA GPUs (`triton_kernels.py`), which end where the next kernel can
-go on: as summands of split depth, or with gate and up joined.
+"""Products with few rows on NVIDIA GPUs (`triton_kernels.py`), gate and up joined where they are.
 
-On an H100 the four products of a Llama 8B layer take 166 us at 1 row so, against 176 of XLA's with
-the kernels that they save (`docs/benchmarks.md`).
+On an H100 the four products of a Llama 8B layer take 174 us at 1 row so, launches included, against
+180 of XLA's (`docs/benchmarks.md`). The depth is summed in one chain, as cuBLASLt sums it for many
+rows: Hopper's matrix unit gives the same bits then, whatever the instruction and the tile.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,12 @@ from jax.typing import DTypeLike
 from jengine.pallas_kernels.platform import is_hopper
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
-MAX_PARTS_ROWS = 64  # with more, cuBLASLt's own splitting is faster
+MAX_ROWS = 64  # with more, cuBLASLt is faster
 MAX_GATED_ROWS = 128
 MAX_HEAD_ROWS = 128
-MIN_DEPTH = 512  # of a split
-MIN_PROGRAMS = 192  # one and a half for each multiprocessor
-TILE_OUTPUTS = 64
-MIN_HEAD_OUTPUTS = 4 * MIN_PROGRAMS * TILE_OUTPUTS
+MIN_HEAD_OUTPUTS = 49_152
+FEW_OUTPUTS = 6144  # fewer: too few tiles of 64 to keep the memory busy
+DEEP = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +29,27 @@ class Tiling:
     tokens: int
     depth: int
     schedule: Schedule
-    outputs: int = TILE_OUTPUTS
+    outputs: int = 64
 
 
-def tiling(rows: int, depth: int) -> Tiling:
-    """Keeps 50 to 100 KiB of weights in flight on each multiprocessor."""
+def tiling(rows: int, outputs: int, depth: int) -> Tiling:
+    """The best of about ten for each of Llama-3.1-8B's and Qwen3-0.6B's products at 1, 32 and 64
+    rows: what keeps 100 to 200 KiB of weights in flight on each multiprocessor.
+    """
+    tokens = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if depth % 128:
+        return Tiling(tokens, 64, Schedule(4, 5))
+    if tokens == 64 or outputs >= FEW_OUTPUTS or depth % 256:
+        return Tiling(tokens, 128, Schedule(4, 5 if tokens == 32 else 6))
+    if tokens == 32:
+        return Tiling(32, 256, Schedule(4, 4), outputs=16)
+    if depth > DEEP and depth % 512 == 0:
+        return Tiling(16, 512, Schedule(4, 4), outputs=16)
+    return Tiling(16, 256, Schedule(2, 6), outputs=16)
+
+
+def gated_tiling(rows: int, depth: int) -> Tiling:
+    """Two tiles of weights at a time."""
     if rows > 32 or depth % 128:
         tokens = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
         return Tiling(tokens, 64, Schedule(4, 5))
@@ -43,21 +58,7 @@ def tiling(rows: int, depth: int) -> Tiling:
 
 def head_tiling(rows: int, depth: int) -> Tiling:
     """128 rows times a head of 128,256 take 421 us (XLA: 420); in tiles of 64 outputs 474."""
-    return tiling(rows, depth) if rows <= 64 else Tiling(128, 64, Schedule(8, 3), outputs=128)
-
-
-def split_count(outputs: int, depth: int, tile_depth: int) -> int:
-    """Fewest equal splits of the depth that give every multiprocessor something to do."""
-    blocks = depth // tile_depth
-    tiles = -(-outputs // TILE_OUTPUTS)
-    best = 1
-    for splits in range(1, 9):
-        if blocks % splits or (splits > 1 and depth // splits < MIN_DEPTH):
-            continue
-        best = splits
-        if tiles * splits >= MIN_PROGRAMS:
-            break
-    return best
+    return gated_tiling(rows, depth) if rows <= 64 else Tiling(128, 64, Schedule(8, 3), outputs=128)
 
 
 def linear(
@@ -68,27 +69,21 @@ def linear(
     num_tokens: jax.Array | None = None,
     out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """Of so many outputs that their tiles alone fill the device: an output head. XLA tunes its own
-    kernels on copies of their operands, which for a head are a gigabyte.
+    """Output heads, of so many outputs, for more rows than others: XLA tunes its own kernels on
+    copies of their operands, which for a head are a gigabyte.
     """
     del num_tokens  # padding rows are computed like the rest
-    F = w_FD.shape[0]
-    if bias_F is not None or F < MIN_HEAD_OUTPUTS:
-        raise NotImplementedError(f"{F} outputs")
-    _require_few_rows(x_TD, w_FD, MAX_HEAD_ROWS)
-    return _multiply(x_TD, w_FD, F, head_tiling(*x_TD.shape), 1, gated=False, out_dtype=out_dtype)[
-        0
-    ]
-
-
-def linear_parts(
-    x_TD: jax.Array, w_FD: jax.Array, *, num_tokens: jax.Array | None = None
-) -> jax.Array:
-    del num_tokens  # padding rows are computed like the rest
     (T, D), F = x_TD.shape, w_FD.shape[0]
-    _require_few_rows(x_TD, w_FD, MAX_PARTS_ROWS)
-    tile = tiling(T, D)
-    return _multiply(x_TD, w_FD, F, tile, split_count(F, D, tile.depth), gated=False)
+    is_head = F >= MIN_HEAD_OUTPUTS
+    _require_few_rows(x_TD, w_FD, MAX_HEAD_ROWS if is_head else MAX_ROWS)
+    if T > 32 and D > DEEP and not is_head:
+        raise NotImplementedError(f"{T} rows of {D}: cuBLASLt is faster")
+    tile = head_tiling(T, D) if is_head else tiling(T, F, D)
+    out_dtype = x_TD.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    if bias_F is None:
+        return _multiply(x_TD, w_FD, F, tile, gated=False, out_dtype=out_dtype)
+    y_TF = _multiply(x_TD, w_FD, F, tile, gated=False, out_dtype=jnp.dtype(jnp.float32))
+    return (y_TF + bias_F.astype(jnp.float32)[None, :]).astype(out_dtype)
 
 
 def silu_linear(
@@ -97,7 +92,8 @@ def silu_linear(
     del num_tokens  # padding rows are computed like the rest
     _require_few_rows(x_TD, w_F2D, MAX_GATED_ROWS)
     F = w_F2D.shape[0] // 2
-    return _multiply(x_TD, w_F2D, F, tiling(*x_TD.shape), 1, gated=True)[0]
+    tile = gated_tiling(*x_TD.shape)
+    return _multiply(x_TD, w_F2D, F, tile, gated=True, out_dtype=x_TD.dtype)
 
 
 def _require_few_rows(x_TD: jax.Array, w_FD: jax.Array, max_rows: int) -> None:
@@ -114,21 +110,18 @@ def _multiply(
     w_FD: jax.Array,
     outputs: int,
     tile: Tiling,
-    splits: int,
     *,
     gated: bool,
-    out_dtype: DTypeLike | None = None,
+    out_dtype: DTypeLike,
 ) -> jax.Array:
-    """[splits, T, outputs]: summands in float32, or the result in `out_dtype` (that of `x`)."""
     from jengine.pallas_kernels.linear.triton_kernels import multiply_rows
 
     T, D = x_TD.shape
-    dtype = jnp.float32 if splits > 1 else out_dtype or x_TD.dtype
     return triton_call(
         multiply_rows,
         (x_TD, w_FD),
-        [jax.ShapeDtypeStruct((splits, T, outputs), dtype)],
-        grid=(-(-outputs // tile.outputs) * splits * -(-T // tile.tokens),),
+        [jax.ShapeDtypeStruct((T, outputs), out_dtype)],
+        grid=(-(-outputs // tile.outputs) * -(-T // tile.tokens),),
         constants={
             "T": T,
             "F": outputs,
@@ -136,7 +129,6 @@ def _multiply(
             "BF": tile.outputs,
             "BT": tile.tokens,
             "BK": tile.depth,
-            "SPLITS": splits,
             "GATED": gated,
             "STAGES": tile.schedule.num_stages,
         },

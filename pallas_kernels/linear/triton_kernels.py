@@ -5,6 +5,8 @@ traced.
 import triton
 import triton.language as tl
 
+from jengine.pallas_kernels.silu_mul.triton_kernels import silu_times
+
 
 @triton.jit
 def load_rows(at, is_row, ALL: tl.constexpr, EVICTION: tl.constexpr):
@@ -20,14 +22,13 @@ def multiply_rows(
     x_ptr,  # [T, D]
     w_ptr,  # [F, D]; gated: [2 F, D], gate above up
     # outputs
-    out_ptr,  # [SPLITS, T, F]
+    out_ptr,  # [T, F]
     T: tl.constexpr,
     F: tl.constexpr,
     D: tl.constexpr,
     BF: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    SPLITS: tl.constexpr,  # of D, each summed by itself
     GATED: tl.constexpr,  # silu(gate) * up
     STAGES: tl.constexpr,
 ):
@@ -35,14 +36,12 @@ def multiply_rows(
     matrix unit, and a few tokens its columns.
     """
     TILES_T: tl.constexpr = (T + BT - 1) // BT
-    DEPTH: tl.constexpr = D // SPLITS
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     pid = tl.program_id(0)
     tile_t = pid % TILES_T
-    split = (pid // TILES_T) % SPLITS
-    f = pid // (TILES_T * SPLITS) * BF + tl.arange(0, BF)
+    f = pid // TILES_T * BF + tl.arange(0, BF)
     t = tile_t * BT + tl.arange(0, BT)
-    k = split * DEPTH + tl.arange(0, BK)
+    k = tl.arange(0, BK)
     in_t = t < T
     in_f = f < F
     w_at = w_ptr + f.to(tl.int64)[:, None] * D + k[None, :]
@@ -50,7 +49,7 @@ def multiply_rows(
     acc = tl.zeros([BF, BT], tl.float32)
     if GATED:
         up_acc = tl.zeros([BF, BT], tl.float32)
-    for _ in tl.range(0, DEPTH, BK, num_stages=STAGES):
+    for _ in tl.range(0, D, BK, num_stages=STAGES):
         w = load_rows(w_at, in_f, F % BF == 0, "evict_first")
         x = load_rows(x_at, in_t, T % BT == 0, "")
         acc = tl.dot(w, tl.trans(x), acc)
@@ -62,6 +61,6 @@ def multiply_rows(
     if GATED:
         # Rounded where separate kernels round.
         gate = acc.to(DTYPE).to(tl.float32)
-        acc = gate / (1.0 + tl.exp(-gate)) * up_acc.to(DTYPE).to(tl.float32)
-    out_at = out_ptr + (split * T + t).to(tl.int64)[None, :] * F + f[:, None]
+        acc = silu_times(gate, up_acc.to(DTYPE).to(tl.float32))
+    out_at = out_ptr + t.to(tl.int64)[None, :] * F + f[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_f[:, None] & in_t[None, :])

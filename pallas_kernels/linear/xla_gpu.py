@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jengine.pallas_kernels.platform import require_cuda
+from jengine.pallas_kernels.platform import is_batch_invariant, require_cuda
 
 
 def linear(
@@ -31,6 +31,8 @@ def linear(
         precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
         preferred_element_type=out_dtype if bias_F is None else jnp.float32,
     )
+    if is_batch_invariant():  # whatever XLA would let the product do as well, it rounds otherwise
+        y_TF = lax.optimization_barrier(y_TF)
     if bias_F is not None:
         y_TF = y_TF + bias_F.astype(jnp.float32)[None, :]
     return y_TF.astype(out_dtype)

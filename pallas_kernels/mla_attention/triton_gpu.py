@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.platform import require_cuda
-from jengine.pallas_kernels.ragged_paged_attention.triton_gpu import (
-    programs_at_once,
-    splits_at_once,
-)
+from jengine.pallas_kernels.ragged_paged_attention.triton_gpu import programs_at_once
 from jengine.pallas_kernels.ragged_paged_attention.work import (
     MAX_SPLITS,
     Splits,
@@ -167,8 +164,10 @@ def _decode(
     constants: dict[str, object],
 ) -> jax.Array:
     """Rows of sequences with one new token. Consumes `prior`, which holds those of the others."""
-    from jengine.pallas_kernels.mla_attention.triton_kernels import decode_latent_split
-    from jengine.pallas_kernels.ragged_paged_attention.triton_kernels import combine_splits
+    from jengine.pallas_kernels.mla_attention.triton_kernels import (
+        combine_splits,
+        decode_latent_split,
+    )
 
     (T, N, _), C = q_TNE.shape, constants["C"]
     tile = decode_tiling(N, itemsize)
@@ -217,3 +216,8 @@ def _decode(
         schedule=Schedule(4, 1),
         aliases={6: 0},
     )[0]
+
+
+def splits_at_once(tile: int) -> int:
+    """Splits, each a tile of so many numbers, that one program holds in registers."""
+    return max(1, min(8, 4096 // tile))

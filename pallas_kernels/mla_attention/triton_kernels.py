@@ -184,3 +184,65 @@ def attend_latent_tile(
         mask=is_row,
     )
     tl.store(out_ptr + row * C + c, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+
+
+@triton.jit
+def combine_splits(
+    acc_ptr,  # f32[W, N, H]
+    top_ptr,  # f32[W, N]
+    total_ptr,  # f32[W, N]
+    first_ptr,  # i32[S + 1]: first work item of a sequence
+    token_ptr,  # i32[S + 1]
+    sinks_ptr,  # f32[N], or anything
+    partial_ptr,  # [T, N, H], becomes out
+    # outputs
+    out_ptr,  # [T, N, H]
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    GP: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,  # splits read at once
+    IS_DECODE: tl.constexpr,  # rows without work are padding, and become zero
+    HAS_SINKS: tl.constexpr,
+):
+    """Add up the splits of a sequence, always in the same order, for the heads of one KV head."""
+    G: tl.constexpr = N // K
+    sequence = tl.program_id(0)
+    first = tl.load(first_ptr + sequence)
+    num_splits = tl.load(first_ptr + sequence + 1) - first
+    rows = tl.arange(0, GP)
+    offsets_h = tl.arange(0, HP)
+    heads = tl.program_id(1) * G + rows
+    in_tile = (rows < G)[:, None] & (offsets_h < H)[None, :]
+    # In a decode step sequence s is token s, padding included: `token_ptr` ends with the last one.
+    token = sequence if IS_DECODE else tl.load(token_ptr + sequence)
+    out_offsets = (token * N + heads)[:, None] * H + offsets_h[None, :]
+    if num_splits > 1:
+        splits = tl.arange(0, MAX_SPLITS)
+        at = (first + splits)[:, None] * N + heads[None, :]
+        is_split = (splits < num_splits)[:, None] & (rows < G)[None, :]
+        top = tl.max(tl.load(top_ptr + at, mask=is_split, other=NEVER), 0)
+        total = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, HP], tl.float32)
+        for chunk in range(0, num_splits, CHUNK):
+            split = chunk + tl.arange(0, CHUNK)
+            partial = (first + split)[:, None] * N + heads[None, :]
+            is_part = (split < num_splits)[:, None] & (rows < G)[None, :]
+            weight = tl.exp2(tl.load(top_ptr + partial, mask=is_part, other=NEVER) - top[None, :])
+            totals = tl.load(total_ptr + partial, mask=is_part, other=0.0)
+            parts = tl.load(
+                acc_ptr + partial[:, :, None] * H + offsets_h[None, None, :],
+                mask=is_part[:, :, None] & (offsets_h < H)[None, None, :],
+                other=0.0,
+            )
+            total += tl.sum(totals * weight, 0)
+            acc += tl.sum(parts * weight[:, :, None], 0)
+        sink = tl.load(sinks_ptr + heads, mask=rows < G, other=0.0) if HAS_SINKS else top
+        out = finish(top, total, acc, sink, HAS_SINKS)
+        tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+    if IS_DECODE:  # noqa: SIM102
+        if num_splits == 0:
+            zero = tl.zeros([GP, HP], tl.float32)
+            tl.store(out_ptr + out_offsets, zero.to(out_ptr.dtype.element_ty), mask=in_tile)

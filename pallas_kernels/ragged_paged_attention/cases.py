@@ -69,9 +69,11 @@ class Case:
         )
 
 
+LONG = ((1, 8300), (5, 8194), (1, 8192), (3, 8230))  # around the first chunk's end
 MIXED = ((37, 37), (1, 200), (1, 1), (50, 130), (1, 64), (1, 65), (7, 300))
 CASES = (
     Case(MIXED),
+    Case(LONG, heads=2, kv_heads=1),
     Case(MIXED, q_dtype="float32", kv_dtype="float32"),
     Case(MIXED, q_dtype="float32", kv_dtype="bfloat16"),
     Case(MIXED, q_dtype="bfloat16", kv_dtype="float32"),

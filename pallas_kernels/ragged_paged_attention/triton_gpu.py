@@ -6,16 +6,17 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jengine.pallas_kernels.platform import require_cuda
+from jengine.pallas_kernels.platform import is_batch_invariant, require_cuda
 from jengine.pallas_kernels.ragged_paged_attention import mosaic_gpu
 from jengine.pallas_kernels.ragged_paged_attention.work import (
-    MAX_SPLITS,
-    Splits,
+    DOUBLINGS,
+    MAX_CHUNKS,
+    MIN_CHUNK,
+    Chunks,
     Tiles,
+    plan_chunks,
     plan_full_tiles,
-    plan_splits,
     plan_tiles,
-    splits_to_fill,
 )
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
@@ -24,6 +25,7 @@ MAX_HEAD_DIM = 512
 NUM_MULTIPROCESSORS = 132
 LONG_PROMPT = 4096  # tokens
 MATRIX_ROWS = 16  # fewest rows that the matrix unit takes
+MIN_COLUMNS = 32  # of values: 64 bytes, which memory brings at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +45,39 @@ def programs_at_once(per_multiprocessor: int) -> int:
 
 def decode_tiling(head_dim: int, itemsize: int) -> Tiling:
     """Keeps about 100 KiB of keys and values in flight on each multiprocessor."""
+    block = keys_of_block(head_dim, itemsize)
     if itemsize == 4 or head_dim > 256:
-        return Tiling(MATRIX_ROWS, 32, Schedule(4, 2), 2)
+        return Tiling(MATRIX_ROWS, block, Schedule(4, 2), 2)
     if head_dim > 128:
-        return Tiling(MATRIX_ROWS, 32, Schedule(4, 5), 2)
-    return Tiling(MATRIX_ROWS, 64, Schedule(4, 3), 2)
+        return Tiling(MATRIX_ROWS, block, Schedule(4, 5), 2)
+    return Tiling(MATRIX_ROWS, block, Schedule(4, 3), 2)
 
 
-def tile_tiling(num_tokens: int, head_dim: int, itemsize: int) -> Tiling:
+def tile_tiling(num_tokens: int, head_dim: int, itemsize: int, *, is_long: bool) -> Tiling:
     """Rows do not change the order of a row's sums, so long prompts may have larger tiles: these
-    read each key less often, but are too few for a short prompt.
+    read each key less often, but are too few for a short prompt. Contexts of several chunks
+    (`is_long`) need registers for two sums.
     """
+    block = keys_of_block(head_dim, itemsize)
     if itemsize == 4 or head_dim > 256:
-        return Tiling(32, 32, Schedule(4, 2))
+        return Tiling(32, block, Schedule(4, 2))
     if head_dim > 128:
-        return Tiling(64, 64, Schedule(4, 2))
-    return Tiling(256 if num_tokens >= LONG_PROMPT else 128, 64, Schedule(8, 3))
+        return Tiling(64, block, Schedule(4, 2))
+    return Tiling(256 if num_tokens >= LONG_PROMPT and not is_long else 128, block, Schedule(8, 3))
 
 
-def tile_queries(num_tokens: int, group: int, head_dim: int, itemsize: int) -> int:
-    """Queries in a tile: its rows hold the heads of one KV head for each."""
-    return max(1, tile_tiling(num_tokens, head_dim, itemsize).rows // _power_of_two(group))
+def keys_of_block(head_dim: int, itemsize: int) -> int:
+    """The same for all kernels: the softmax is carried from block to block."""
+    return 32 if itemsize == 4 or head_dim > 128 else 64
+
+
+def decode_columns(head_dim: int, itemsize: int, kv_heads: int, num_seqs: int) -> int:
+    """Columns of values of a program: all, or fewer where there are few programs."""
+    columns = _power_of_two(head_dim)
+    programs = kv_heads * num_seqs
+    while columns > MIN_COLUMNS and itemsize == 2 and 2 * programs <= NUM_MULTIPROCESSORS:
+        columns, programs = columns // 2, 2 * programs
+    return columns
 
 
 def ragged_paged_attention(
@@ -88,12 +102,7 @@ def ragged_paged_attention(
         raise NotImplementedError(f"head dim {H}: must be a multiple of 8 up to {MAX_HEAD_DIM}")
     require_cuda()
     num_seqs = jnp.asarray(num_seqs, jnp.int32)
-    spread = splits_to_fill(
-        programs_at_once(decode_tiling(H, dtype.itemsize).programs_per_multiprocessor),
-        K,
-        page_table_SM.shape[0],
-    )
-    splits = plan_splits(cu_q_lens_S1, kv_lens_S, num_seqs, window, spread)
+    chunks = plan_chunks(cu_q_lens_S1, kv_lens_S, num_seqs, window, is_decode=is_decode)
     sinks_N = kv_lens_S if sinks_N is None else sinks_N.astype(jnp.float32)
     constants = {
         "N": N,
@@ -102,6 +111,7 @@ def ragged_paged_attention(
         "HP": _power_of_two(H),
         "B": kv_pages_PB2KH.shape[1],
         "M": page_table_SM.shape[1],
+        "MAX_CHUNKS": MAX_CHUNKS,
         "SCALE": float(scale),
         "SOFT_CAP": float(soft_cap or 0.0),
         "HAS_SINKS": sinks_N.dtype == jnp.float32,
@@ -112,7 +122,9 @@ def ragged_paged_attention(
     prior_TNH = None
     if not is_decode:
         full = None
-        if sinks_N.dtype != jnp.float32 and window is None and soft_cap is None:
+        # Mosaic's kernel is faster, and sums in an order of its own.
+        is_plain = sinks_N.dtype != jnp.float32 and window is None and soft_cap is None
+        if is_plain and not is_batch_invariant():
             full = mosaic_gpu.tile_queries(q_TNH, kv_pages_PB2KH)
         if full is not None:
             prior_TNH = mosaic_gpu.attend_full_tiles(
@@ -122,38 +134,43 @@ def ragged_paged_attention(
                 plan_full_tiles(cu_q_lens_S1, kv_lens_S, num_seqs, num_tokens=T, full_queries=full),
                 scale,
             )
-        tiles = plan_tiles(
-            cu_q_lens_S1,
-            kv_lens_S,
-            num_seqs,
-            num_tokens=T,
-            tile_queries=tile_queries(T, N // K, H, dtype.itemsize),
-            full_queries=full,
-        )
-        prior_TNH = _attend_tiles(
-            q_TNH, kv_pages_PB2KH, page_table_SM, tiles, sinks_N, prior_TNH, window, constants
-        )
+        sequences = cu_q_lens_S1, kv_lens_S, num_seqs
+        for is_long in (False, True) if _has_long(kv_pages_PB2KH, page_table_SM) else (False,):
+            tiling = tile_tiling(T, H, dtype.itemsize, is_long=is_long)
+            tiles = plan_tiles(
+                *sequences,
+                num_tokens=T,
+                tile_queries=max(1, tiling.rows // _power_of_two(N // K)),
+                full_queries=full,
+            )
+            arrays = q_TNH, kv_pages_PB2KH, page_table_SM, sinks_N, prior_TNH
+            of_tiles = constants | {"IS_LONG": is_long, "WINDOW": window or 0}
+            prior_TNH = _attend_tiles(*arrays, tiles, tiling, of_tiles)
     return _decode(
-        q_TNH, kv_pages_PB2KH, page_table_SM, cu_q_lens_S1, splits, sinks_N, prior_TNH, constants
+        q_TNH, kv_pages_PB2KH, page_table_SM, cu_q_lens_S1, chunks, sinks_N, prior_TNH, constants
     )
+
+
+def _has_long(kv_pages: jax.Array, page_table_SM: jax.Array) -> bool:
+    """Whether a context may have several chunks."""
+    return page_table_SM.shape[1] * kv_pages.shape[1] > MIN_CHUNK
 
 
 def _attend_tiles(
     q_TNH: jax.Array,
     kv_pages: jax.Array,
     page_table_SM: jax.Array,
-    tiles: Tiles,
     sinks_N: jax.Array,
     prior_TNH: jax.Array | None,
-    window: int | None,
+    tiles: Tiles,
+    tiling: Tiling,
     constants: dict[str, object],
 ) -> jax.Array:
+    """Rows of sequences with several new tokens. Consumes `prior`, which holds some of them."""
     from jengine.pallas_kernels.ragged_paged_attention.triton_kernels import attend_tile
 
-    _, N, H = q_TNH.shape
     K = kv_pages.shape[3]
-    tiling = tile_tiling(q_TNH.shape[0], H, kv_pages.dtype.itemsize)
-    group = _power_of_two(N // K)
+    group = _power_of_two(q_TNH.shape[1] // K)
     return triton_call(
         attend_tile,
         (
@@ -172,7 +189,8 @@ def _attend_tiles(
             "GP": group,
             "ROWS": max(tiling.rows, group),
             "BLOCK": tiling.block,
-            "WINDOW": window or 0,
+            "MIN_CHUNK": MIN_CHUNK,
+            "DOUBLINGS": DOUBLINGS,
         },
         schedule=tiling.schedule,
         aliases={} if prior_TNH is None else {6: 0},
@@ -184,66 +202,64 @@ def _decode(
     kv_pages: jax.Array,
     page_table_SM: jax.Array,
     cu_q_lens_S1: jax.Array,
-    splits: Splits,
+    chunks: Chunks,
     sinks_N: jax.Array,
     prior_TNH: jax.Array | None,
     constants: dict[str, object],
 ) -> jax.Array:
     """Rows of sequences with one new token. Consumes `prior`, which holds those of the others."""
     from jengine.pallas_kernels.ragged_paged_attention.triton_kernels import (
-        combine_splits,
-        decode_split,
+        decode_chunk,
+        fold_chunks,
     )
 
     _, N, H = q_TNH.shape
-    K = kv_pages.shape[3]
-    tiling = decode_tiling(H, kv_pages.dtype.itemsize)
+    K, itemsize = kv_pages.shape[3], kv_pages.dtype.itemsize
+    tiling = decode_tiling(H, itemsize)
     group = max(tiling.rows, _power_of_two(N // K))
-    W, S = splits.items.shape[0], page_table_SM.shape[0]
-    programs = min(W * K, programs_at_once(tiling.programs_per_multiprocessor))
+    S = page_table_SM.shape[0]
+    columns = decode_columns(H, itemsize, K, S)
+    items = chunks.items.shape[0] * K * (_power_of_two(H) // columns)
+    programs = min(items, programs_at_once(tiling.programs_per_multiprocessor))
     out, acc, top, total = triton_call(
-        decode_split,
+        decode_chunk,
         (
             q_TNH,
             kv_pages,
             page_table_SM,
             cu_q_lens_S1,
-            splits.items,
-            splits.num_items,
+            chunks.items,
+            chunks.num_items,
             sinks_N,
             q_TNH if prior_TNH is None else prior_TNH,
         ),
         [
             jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype),
-            jax.ShapeDtypeStruct((W, N, H), jnp.float32),
-            jax.ShapeDtypeStruct((W, N), jnp.float32),
-            jax.ShapeDtypeStruct((W, N), jnp.float32),
+            jax.ShapeDtypeStruct((S, MAX_CHUNKS, N, H), jnp.float32),
+            jax.ShapeDtypeStruct((S, MAX_CHUNKS, N), jnp.float32),
+            jax.ShapeDtypeStruct((S, MAX_CHUNKS, N), jnp.float32),
         ],
         grid=(programs,),
-        constants=constants | {"GP": group, "BLOCK": tiling.block, "NUM_PROGRAMS": programs},
+        constants=constants
+        | {"GP": group, "BLOCK": tiling.block, "COLUMNS": columns, "NUM_PROGRAMS": programs},
         schedule=tiling.schedule,
         aliases={} if prior_TNH is None else {7: 0},
     )
+    if not _has_long(kv_pages, page_table_SM):
+        return out
     return triton_call(
-        combine_splits,
-        (acc, top, total, splits.first, cu_q_lens_S1, sinks_N, out),
+        fold_chunks,
+        (acc, top, total, chunks.to_fold, cu_q_lens_S1, sinks_N, out),
         [jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype)],
         grid=(S, K),
         constants={name: constants[name] for name in ("N", "K", "H", "HP", "HAS_SINKS")}
         | {
             "GP": _power_of_two(N // K),
-            "MAX_SPLITS": MAX_SPLITS,
-            "CHUNK": splits_at_once(_power_of_two(N // K) * _power_of_two(H)),
-            "IS_DECODE": prior_TNH is None,
+            "MAX_CHUNKS": MAX_CHUNKS,
         },
-        schedule=Schedule(4, 1),
+        schedule=Schedule(4, 4),
         aliases={6: 0},
     )[0]
-
-
-def splits_at_once(tile: int) -> int:
-    """Splits, each a tile of so many numbers, that one program holds in registers."""
-    return max(1, min(8, 4096 // tile))
 
 
 def _power_of_two(n: int) -> int:

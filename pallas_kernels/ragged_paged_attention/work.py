@@ -2,9 +2,10 @@
 
 Every layer asks for it anew; XLA computes it once, for the requests are equal.
 
-A sequence with one new token is cut along its context into splits (`decode_split`), one with more
-into tiles of queries (`attend_tile`). How a row is cut depends on its own length and on the bucket,
-never on its neighbours: within a bucket its sums are formed in the same order in any company.
+A sequence with one new token is cut along its context into chunks (`decode_chunk`), one with more
+into tiles of queries (`attend_tile`). How the sums of a row are cut, into chunks, depends on its
+own length only (`chunk_of`). Attention over latents has splits that depend on the bucket, too
+(`plan_splits`).
 """
 
 from typing import NamedTuple
@@ -12,9 +13,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+MIN_CHUNK = 8192  # positions; up to here a context is one
+MAX_CHUNKS = 32  # of a context
+DOUBLINGS = 8  # of a chunk
 MAX_SPLITS = 32  # of a context
 SPLIT_BLOCK = 64  # positions; kernels read as many at once, or a fraction
 MIN_BLOCKS, MAX_BLOCKS = 2, 32  # of a split; more only in contexts of more than 32 times as many
+
+
+class Chunks(NamedTuple):
+    """The contexts of sequences with one new token, cut into chunks."""
+
+    items: jax.Array  # i32[W, 5]: sequence, first position, end, number of the chunk, is it all
+    num_items: jax.Array  # i32[1]
+    to_fold: jax.Array  # i32[S, 2]: first and end; none where one chunk is all
 
 
 class Splits(NamedTuple):
@@ -32,6 +44,56 @@ class Tiles(NamedTuple):
     num_items: jax.Array  # i32[1]
 
 
+def chunk_of(lens: jax.Array) -> jax.Array:
+    """Positions in a chunk of contexts of these lengths: `MIN_CHUNK`, doubled until `MAX_CHUNKS`
+    reach. Many positions, since folding costs a prompt's tiles their registers; not too many, so
+    that one long request still fills a device; at most a fixed number of chunks, so that what they
+    leave has room.
+    """
+    chunk = jnp.full_like(lens, MIN_CHUNK)
+    for doubling in range(DOUBLINGS):
+        size = MIN_CHUNK << doubling
+        chunk = jnp.where(lens > MAX_CHUNKS * size, 2 * size, chunk)
+    return chunk
+
+
+def plan_chunks(
+    cu_q_lens_S1: jax.Array,
+    kv_lens_S: jax.Array,
+    num_seqs: jax.Array,
+    window: int | None,
+    *,
+    is_decode: bool,
+) -> Chunks:
+    """Chunks of the contexts of sequences with one new token. `is_decode`: sequences past the last
+    are padding tokens, and have an item of no positions.
+    """
+    S = kv_lens_S.shape[0]
+    begin_S = jnp.zeros_like(kv_lens_S)
+    if window is not None:
+        begin_S = jnp.maximum(kv_lens_S - window, 0)
+    chunk_S = chunk_of(kv_lens_S)
+    first_S = begin_S // chunk_S
+    has_work_S = _is_decode(cu_q_lens_S1, num_seqs) & (kv_lens_S > 0)
+    count_S = -(-kv_lens_S // chunk_S) - first_S
+    count_S = jnp.where(has_work_S, count_S, 1 if is_decode else 0)
+    end_S = jnp.where(has_work_S, kv_lens_S, begin_S)
+    first_item_S1 = _exclusive_sums(count_S)
+    item_W = jnp.arange(S * MAX_CHUNKS, dtype=jnp.int32)
+    sequence_W = _owner(first_item_S1, item_W)
+    number_W = first_S[sequence_W] + item_W - first_item_S1[sequence_W]
+
+    def edge(number_W: jax.Array) -> jax.Array:
+        at_W = number_W * chunk_S[sequence_W]
+        return jnp.clip(at_W, begin_S[sequence_W], end_S[sequence_W])
+
+    is_all_W = (count_S[sequence_W] == 1).astype(jnp.int32)
+    items = [sequence_W, edge(number_W), edge(number_W + 1), number_W, is_all_W]
+    to_fold_S2 = first_S[:, None] + jnp.stack([jnp.zeros_like(count_S), count_S], axis=1)
+    to_fold_S2 = jnp.where((count_S > 1)[:, None], to_fold_S2, 0)
+    return Chunks(jnp.stack(items, axis=1), first_item_S1[-1:], to_fold_S2)
+
+
 def plan_splits(
     cu_q_lens_S1: jax.Array,
     kv_lens_S: jax.Array,
@@ -46,7 +108,7 @@ def plan_splits(
     (`splits_to_fill`). Longer splits than `MAX_BLOCKS` there are none, up to `MAX_SPLITS` of them.
     """
     S = kv_lens_S.shape[0]
-    is_decode_S = (jnp.diff(cu_q_lens_S1) == 1) & (jnp.arange(S, dtype=jnp.int32) < num_seqs)
+    is_decode_S = _is_decode(cu_q_lens_S1, num_seqs)
     begin_S = jnp.zeros_like(kv_lens_S)
     if window is not None:
         begin_S = jnp.maximum(kv_lens_S - window, 0)
@@ -137,6 +199,12 @@ def plan_full_tiles(
         axis=1,
     )
     return Tiles(items, count)
+
+
+def _is_decode(cu_q_lens_S1: jax.Array, num_seqs: jax.Array) -> jax.Array:
+    """Which sequences have one new token."""
+    q_lens_S = jnp.diff(cu_q_lens_S1)
+    return (q_lens_S == 1) & (jnp.arange(q_lens_S.shape[0], dtype=jnp.int32) < num_seqs)
 
 
 def _chunk_lens(cu_q_lens_S1: jax.Array, num_seqs: jax.Array) -> jax.Array:

@@ -3,9 +3,9 @@
 import jax
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.rms_norm import cpu_ffi, reference, xla_gpu
+from jengine.pallas_kernels.rms_norm import cpu_ffi, reference, triton_gpu, xla_gpu
 
-_norm = first_of(cpu_ffi.rms_norm, xla_gpu.rms_norm, reference.rms_norm)
+_norm = first_of(cpu_ffi.rms_norm, triton_gpu.rms_norm, xla_gpu.rms_norm, reference.rms_norm)
 
 
 def rms_norm(

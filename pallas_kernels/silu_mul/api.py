@@ -3,9 +3,9 @@
 import jax
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.silu_mul import cpu_ffi, reference
+from jengine.pallas_kernels.silu_mul import cpu_ffi, reference, triton_gpu
 
-_silu_mul = first_of(cpu_ffi.silu_mul, reference.silu_mul)
+_silu_mul = first_of(cpu_ffi.silu_mul, triton_gpu.silu_mul, reference.silu_mul)
 
 
 def silu_mul(gate_up_TF2: jax.Array, *, num_tokens: jax.Array | None = None) -> jax.Array:

@@ -36,7 +36,7 @@ def test_a_decode_step_sums_float32(tmp_path: Path) -> None:
     assert collectives(program) == {"all-reduce": 5, "all-gather": 1}
     assert summed(program) == ["f32[8,4096]"] * 4
     counts = Counter(program.kernels)
-    assert [counts[name] for name in ("multiply_rows", "rotate_heads", "decode_split")] == [8, 2, 2]
+    assert [counts[name] for name in ("multiply_rows", "rotate_heads", "decode_chunk")] == [8, 2, 2]
 
 
 def test_a_prompt_sums_what_its_products_rounded(tmp_path: Path) -> None:

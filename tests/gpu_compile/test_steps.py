@@ -141,7 +141,7 @@ def test_several_decode_steps_are_one_graph(multi_step: Step) -> None:
     loops = [t for t in multi_step.program.thunks if t.kind == "kWhile" and not t.is_optional]
     assert [loop.ancestors for loop in loops] == [("kCommandBuffer",)]
     inside = [t for t in multi_step.program.thunks if "kWhile" in t.ancestors]
-    assert sum(t.name == "decode_split" for t in inside) == 2  # one for each layer
+    assert sum(t.name == "decode_chunk" for t in inside) == 2  # one for each layer
 
 
 def test_several_decode_steps_copy_and_sort_nothing(multi_step: Step) -> None:

@@ -26,11 +26,18 @@ SHAPES = [  # (heads, KV heads, head size, dtype)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dtype"), SHAPES)
-@pytest.mark.parametrize("kernel", ["decode_split", "attend_tile", "attend_tile of long prompts"])
+@pytest.mark.parametrize(
+    "kernel", ["decode_chunk", "decode_chunk, few columns", "attend_tile", "attend_tile, long"]
+)
 def test_attention(
     kernel: str, heads: int, kv_heads: int, head_dim: int, dtype: str, tmp_path: Path
 ) -> None:
     from jengine.pallas_kernels.ragged_paged_attention import triton_gpu, triton_kernels
+    from jengine.pallas_kernels.ragged_paged_attention.work import (
+        DOUBLINGS,
+        MAX_CHUNKS,
+        MIN_CHUNK,
+    )
     from jengine.pallas_kernels.triton_call import POINTER_OF
 
     itemsize = 4 if dtype == "float32" else 2
@@ -38,21 +45,24 @@ def test_attention(
     constants = {
         "N": heads, "K": kv_heads, "H": head_dim, "HP": 1 << (head_dim - 1).bit_length(),
         "B": 16, "M": 512, "SCALE": head_dim**-0.5, "SOFT_CAP": 0.0, "HAS_SINKS": False,
-        "PRECISION": "ieee", "WIDE": dtype == "float32",
+        "PRECISION": "ieee", "WIDE": dtype == "float32", "MAX_CHUNKS": MAX_CHUNKS,
     }  # fmt: skip
-    if kernel == "decode_split":
+    if kernel.startswith("decode_chunk"):
         tiling = triton_gpu.decode_tiling(head_dim, itemsize)
         constants |= {"GP": max(tiling.rows, group), "BLOCK": tiling.block, "NUM_PROGRAMS": 264}
+        few = triton_gpu.MIN_COLUMNS if itemsize == 2 else constants["HP"]
+        constants["COLUMNS"] = few if kernel.endswith("columns") else constants["HP"]
         pointers = (data, data, *["*i32"] * 5, data, data, *["*fp32"] * 3)
     else:
-        tokens = triton_gpu.LONG_PROMPT if kernel.endswith("prompts") else 128
-        tiling = triton_gpu.tile_tiling(tokens, head_dim, itemsize)
+        is_long = kernel.endswith("long")
+        tiling = triton_gpu.tile_tiling(128, head_dim, itemsize, is_long=is_long)
         constants |= {
             "GP": group, "ROWS": max(tiling.rows, group), "BLOCK": tiling.block, "WINDOW": 0,
+            "MIN_CHUNK": MIN_CHUNK, "DOUBLINGS": DOUBLINGS, "IS_LONG": is_long,
         }  # fmt: skip
         pointers = (data, data, *["*i32"] * 4, data, data)
     compiled = compile_for_hopper(
-        getattr(triton_kernels, kernel.split()[0]), pointers, constants, tiling.schedule
+        getattr(triton_kernels, kernel.split(",")[0]), pointers, constants, tiling.schedule
     )
     assert compiled.shared_bytes * tiling.programs_per_multiprocessor <= SHARED_BYTES
     # Keys arrive by asynchronous copies, while the last ones are multiplied.
@@ -60,7 +70,7 @@ def test_attention(
     if dtype == "bfloat16":
         product = "wgmma.mma_async" if tiling.rows >= 64 else "mma.sync"
         assert product in compiled.ptx
-    if head_dim <= 128 and tiling.rows <= 128 and dtype == "bfloat16":
+    if head_dim <= 128 and dtype == "bfloat16":
         assert spilled_bytes(compiled.ptx, tmp_path) == 0
 
 
@@ -78,15 +88,19 @@ def test_products_of_few_rows(
     from jengine.pallas_kernels.linear import triton_gpu
     from jengine.pallas_kernels.linear.triton_kernels import multiply_rows
 
-    tile = triton_gpu.tiling(tokens, depth)
-    splits = 1 if gated else triton_gpu.split_count(outputs, depth, tile.depth)
-    assert depth % splits == 0 and depth // splits % tile.depth == 0
+    if not gated and tokens > triton_gpu.MAX_ROWS:
+        pytest.skip("cuBLASLt's")
+    tile = (
+        triton_gpu.gated_tiling(tokens, depth)
+        if gated
+        else triton_gpu.tiling(tokens, outputs, depth)
+    )
+    assert depth % tile.depth == 0
     constants = {
         "T": tokens, "F": outputs, "D": depth, "BF": tile.outputs, "BT": tile.tokens,
-        "BK": tile.depth, "SPLITS": splits, "GATED": gated, "STAGES": tile.schedule.num_stages,
+        "BK": tile.depth, "GATED": gated, "STAGES": tile.schedule.num_stages,
     }  # fmt: skip
-    out = "*bf16" if splits == 1 else "*fp32"
-    compiled = compile_for_hopper(multiply_rows, ("*bf16", "*bf16", out), constants, tile.schedule)
+    compiled = compile_for_hopper(multiply_rows, ("*bf16",) * 3, constants, tile.schedule)
     check_streams(compiled, tmp_path)
 
 
@@ -98,7 +112,7 @@ def test_heads(tokens: int, tmp_path: Path) -> None:
     tile = triton_gpu.head_tiling(tokens, 4096)
     constants = {
         "T": tokens, "F": 128256, "D": 4096, "BF": tile.outputs, "BT": tile.tokens,
-        "BK": tile.depth, "SPLITS": 1, "GATED": False, "STAGES": tile.schedule.num_stages,
+        "BK": tile.depth, "GATED": False, "STAGES": tile.schedule.num_stages,
     }  # fmt: skip
     pointers = ("*bf16", "*bf16", "*fp32")
     check_streams(compile_for_hopper(multiply_rows, pointers, constants, tile.schedule), tmp_path)

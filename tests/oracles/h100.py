@@ -26,8 +26,9 @@ from jengine.kv_spec import KVGroup, build_groups
 from jengine.layers.param import abstract_parameters
 from jengine.layers.sampling import RowState
 from jengine.models.registry import resolve_architecture
-from jengine.pallas_kernels.platform import tracing_for
+from jengine.pallas_kernels.platform import tracing_for, tracing_invariant
 from jengine.runtime.batch import BatchLayout
+from jengine.runtime.batch_invariance import resolve_batch_invariant
 from jengine.runtime.buckets import Bucket
 from jengine.runtime.programs import ProgramTable
 from jengine.runtime.shapes import abstract_kv, abstract_leaf, abstract_rows
@@ -134,8 +135,15 @@ def compile_step(
     module = model_class(cfg)
     graphdef, state = nnx.split(module)
     groups = kv_groups(config)
+    with tracing_for("cuda"):
+        is_invariant = resolve_batch_invariant(None, model_class, cfg)
     spec = StepSpec(
-        graphdef, jax.tree.structure((state,)), groups, NUM_LOGPROBS, keeps_logits=False
+        graphdef,
+        jax.tree.structure((state,)),
+        groups,
+        NUM_LOGPROBS,
+        keeps_logits=False,
+        batch_invariant=is_invariant,
     )
     layout = BatchLayout(
         num_tokens=num_tokens,
@@ -150,8 +158,10 @@ def compile_step(
     packed = _array((layout.size,), "int32")
     masks = _array(layout.mask_shape, "int32")
     arguments = (leaves, kv_arrays(config), row_state(config), packed, masks)
-    options = bucket_options(compiler_options("cuda"), num_tokens, num_seqs) | options
-    return compile_for_h100(build_step(spec, layout), arguments, ("kv", "rows"), folder, **options)
+    options = bucket_options(compiler_options("cuda"), num_tokens, num_seqs, is_invariant) | options
+    with tracing_invariant(is_invariant):
+        step = build_step(spec, layout)
+        return compile_for_h100(step, arguments, ("kv", "rows"), folder, **options)
 
 
 def compile_ranks_step(
@@ -173,8 +183,15 @@ def compile_ranks_step(
     )
     graphdef, state = nnx.split(rank)
     groups = build_groups(model_class.kv_specs(rank_cfg))
+    with tracing_for("cuda"):
+        is_invariant = resolve_batch_invariant(None, model_class, rank_cfg)
     spec = StepSpec(
-        graphdef, jax.tree.structure((state,)), groups, NUM_LOGPROBS, keeps_logits=False
+        graphdef,
+        jax.tree.structure((state,)),
+        groups,
+        NUM_LOGPROBS,
+        keeps_logits=False,
+        batch_invariant=is_invariant,
     )
     pages_per_seq, vocab_size = MAX_MODEL_LEN // groups[0].page_size, cfg.vocab_size
     bucket = Bucket(num_tokens, num_seqs)
@@ -192,7 +209,7 @@ def compile_ranks_step(
     )
     with tracing_for("cuda"):
         lowered = table.lower(str(bucket))
-    options = bucket_options(compiler_options("cuda"), num_tokens, num_seqs)
+    options = bucket_options(compiler_options("cuda"), num_tokens, num_seqs, is_invariant)
     return _compile(lowered, folder, options)
 
 

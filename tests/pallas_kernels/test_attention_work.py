@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 
 from jengine.pallas_kernels.ragged_paged_attention.work import (
     MAX_BLOCKS,
+    MAX_CHUNKS,
     MAX_SPLITS,
     MIN_BLOCKS,
+    MIN_CHUNK,
     SPLIT_BLOCK,
+    chunk_of,
+    plan_chunks,
     plan_full_tiles,
     plan_splits,
     plan_tiles,
@@ -61,6 +65,43 @@ def test_splits_cover_what_decodes_read(
         assert blocks.min() >= 1 and blocks.max() - blocks.min() <= 1
         assert blocks.max() <= MAX_BLOCKS
         assert len(mine) >= min(spread, MAX_SPLITS, blocks.sum() // MIN_BLOCKS)
+
+
+LONG_LENS = st.lists(
+    st.tuples(st.sampled_from((1, 1, 1, 2, 33)), st.integers(0, 1 << 21)), max_size=SEQS
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LONG_LENS, st.sampled_from((None, 1, 100, 1000)))
+def test_chunks_cover_what_decodes_read(lens: list[tuple[int, int]], window: int | None) -> None:
+    cu, kv, num_seqs, kept = batch_of(lens)
+    plan = jax.jit(plan_chunks, static_argnums=3, static_argnames="is_decode")
+    items, num_items, to_fold = map(np.asarray, plan(cu, kv, num_seqs, window, is_decode=False))
+    items = items[: num_items[0]]
+    for s in range(SEQS):
+        mine = items[items[:, 0] == s]
+        if s >= len(kept) or kept[s][0] > 1:
+            assert len(mine) == 0 and (to_fold[s] == 0).all()
+            continue
+        context = kept[s][1]
+        size = max(MIN_CHUNK, 1 << (-(-context // MAX_CHUNKS) - 1).bit_length())
+        assert int(chunk_of(jnp.int32(context))) == size
+        begin = 0 if window is None else max(0, context - window)
+        numbers = range(begin // size, -(-context // size))
+        assert mine[:, 3].tolist() == list(numbers) and max(numbers) < MAX_CHUNKS
+        assert mine[:, 1].tolist() == [max(begin, n * size) for n in numbers]
+        assert mine[:, 2].tolist() == [min(context, (n + 1) * size) for n in numbers]
+        assert (mine[:, 4] == (len(mine) == 1)).all()
+        several = [numbers[0], numbers[-1] + 1] if len(numbers) > 1 else [0, 0]
+        assert to_fold[s].tolist() == several
+
+
+def test_padding_of_a_decode_step_has_items_of_nothing() -> None:
+    items, num_items, _ = plan_chunks(*batch_of([(1, 3000), (1, 9000)])[:3], None, is_decode=True)
+    mine = np.asarray(items)[: int(num_items[0])]
+    assert mine[:, 0].tolist() == [0, 1, 1, *range(2, SEQS)]
+    assert (mine[3:, 1] == mine[3:, 2]).all() and (mine[3:, 4] == 1).all()
 
 
 def test_cuts_of_a_context_do_not_depend_on_the_others() -> None:

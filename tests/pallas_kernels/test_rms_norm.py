@@ -13,8 +13,15 @@ OPERATION = "rms_norm"
 EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
 
 
+INTERPRETED = CASES
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_float64(backend: ModuleType, case: Case) -> None:
+    check(backend, case)
+
+
+def check(backend: ModuleType, case: Case) -> None:
     x, weight = case.build()
     x = x.astype(case.dtype)
     out = jax.jit(backend.rms_norm, static_argnames="eps")(x, weight, eps=case.eps)

@@ -13,8 +13,15 @@ OPERATION = "silu_mul"
 EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
 
 
+INTERPRETED = CASES
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_float64(backend: ModuleType, case: Case) -> None:
+    check(backend, case)
+
+
+def check(backend: ModuleType, case: Case) -> None:
     x = case.build().astype(case.dtype)
     out = np.asarray(jax.jit(backend.silu_mul)(x), np.float64)
     gate, up = np.split(x.astype(np.float64), 2, axis=1)

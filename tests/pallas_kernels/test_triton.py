@@ -12,10 +12,13 @@ OPERATIONS = (
     "grouped_matmul",
     "latent_attention",
     "linear",
+    "log_softmax_rows",
     "mla_attention",
     "ragged_paged_attention",
+    "rms_norm",
     "rotate_and_write",
     "route_experts",
+    "silu_mul",
 )
 
 
