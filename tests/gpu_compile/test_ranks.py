@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jengine.config import EplbConfig
+from jengine.runtime.programs import MOVE_EXPERTS
 from jengine.sharding.split import Split
 from tests.oracles import h100
 from tests.oracles.h100 import LLAMA_8B, Program, compile_ranks_step
@@ -61,3 +63,24 @@ def test_routed_experts_keep_their_kernels(
     counts = Counter(program.kernels)
     for name in ("choose_experts", "plan_experts", "gate_up_of_experts", "down_of_experts"):
         assert counts[name] == 2
+
+
+def test_tokens_travel_in_rounds(tmp_path: Path) -> None:
+    """Three arrays there and one back in each of two layers, and a maximum before it."""
+    program = compile_ranks_step(MOE, Split(data=2), 512, 8, tmp_path, exchange="padded_all_to_all")
+    assert collectives(program)["all-to-all"] == 8 and collectives(program)["reduce-scatter"] == 0
+    counts = Counter(program.kernels)
+    assert counts["gate_up_of_experts"] == 2
+
+
+def test_experts_in_slots(tmp_path: Path) -> None:
+    """Counting and choosing slots adds no collective; moving sends two arrays a round."""
+    split, eplb = Split(expert=2), EplbConfig(num_redundant_experts=4)
+    step = compile_ranks_step(MOE, split, 8, 8, tmp_path / "step", eplb=eplb)
+    assert collectives(step) == {"all-reduce": 5, "all-gather": 1}
+    assert Counter(step.kernels)["gate_up_of_experts"] == 2
+    move = compile_ranks_step(MOE, split, 8, 8, tmp_path / "move", eplb=eplb, name=MOVE_EXPERTS)
+    assert collectives(move) == {"all-to-all": 2}
+    expert_bytes = 3 * MOE["hidden_size"] * MOE["moe_intermediate_size"] * 2
+    # What is sent and received, and the new weights of 66 slots before they are results.
+    assert move.temp_bytes < (66 + 2 * 2 + 2) * expert_bytes

@@ -22,14 +22,18 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from jengine.config import EplbConfig
 from jengine.kv_spec import KVGroup, build_groups
-from jengine.layers.param import abstract_parameters
+from jengine.layers.expert_exchange import Exchange
+from jengine.layers.param import ParamInfo, abstract_parameters
 from jengine.layers.sampling import RowState
+from jengine.models.loader import with_slots
 from jengine.models.registry import resolve_architecture
 from jengine.pallas_kernels.platform import tracing_for, tracing_invariant
 from jengine.runtime.batch import BatchLayout
 from jengine.runtime.batch_invariance import resolve_batch_invariant
 from jengine.runtime.buckets import Bucket
+from jengine.runtime.expert_slots import expert_layers, slot_tables
 from jengine.runtime.programs import ProgramTable
 from jengine.runtime.shapes import abstract_kv, abstract_leaf, abstract_rows
 from jengine.runtime.step import StepSpec, build_step
@@ -165,29 +169,52 @@ def compile_step(
 
 
 def compile_ranks_step(
-    config: dict[str, Any], split: Split, num_tokens: int, num_seqs: int, folder: Path
+    config: dict[str, Any],
+    split: Split,
+    num_tokens: int,
+    num_seqs: int,
+    folder: Path,
+    *,
+    exchange: Exchange = "auto",
+    eplb: EplbConfig | None = None,
+    name: str | None = None,
 ) -> Program:
-    """The same step over as many H100s as `split` has ranks."""
+    """The same step over as many H100s as `split` has ranks; or another program by `name`. `eplb`:
+    its experts lie in slots.
+    """
     model_class, cfg = read_config(config)
-    rank_cfg = cfg.of_rank(split)
-    whole, rank = model_class(cfg), model_class(rank_cfg)
+    rank_cfg, order = cfg, ()
+    if exchange != "auto":
+        rank_cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, exchange=exchange))
+    if eplb is not None:
+        rank_cfg, order = with_slots(rank_cfg, split, eplb)
+    rank_cfg = rank_cfg.of_rank(split)
+    whole, rank = abstract_parameters(model_class(cfg)), model_class(rank_cfg)
     placement = Placement(split, _devices(split.num_ranks))
     local = abstract_parameters(rank)
-    leaves = tuple(
-        abstract_leaf(
-            info,
-            cut_array(split, info.logical_axes, info.sections, local[path].sections),
-            placement,
+
+    def leaf(path: str, info: ParamInfo) -> jax.ShapeDtypeStruct:
+        places = order if info.logical_axes[:1] == ("experts",) else ()
+        sections = info.sections, local[path].sections
+        return abstract_leaf(
+            info, cut_array(split, info.logical_axes, *sections, places), placement
         )
-        for path, info in abstract_parameters(whole).items()
+
+    tables = slot_tables(rank)
+    leaves = (
+        *(leaf(path, info) for path, info in whole.items()),
+        *(
+            jax.ShapeDtypeStruct(shape, jnp.dtype("int32"), sharding=placement.replicated)
+            for shape in tables.values()
+        ),
     )
-    graphdef, state = nnx.split(rank)
+    graphdef, *states = nnx.split(rank, nnx.Param, ...)
     groups = build_groups(model_class.kv_specs(rank_cfg))
     with tracing_for("cuda"):
         is_invariant = resolve_batch_invariant(None, model_class, rank_cfg)
     spec = StepSpec(
         graphdef,
-        jax.tree.structure((state,)),
+        jax.tree.structure(tuple(states)),
         groups,
         NUM_LOGPROBS,
         keeps_logits=False,
@@ -202,13 +229,21 @@ def compile_ranks_step(
         layouts={bucket: layout},
         leaves=leaves,
         kv=abstract_kv(groups, spec.group_of_layer, num_pages, placement),
-        rows=abstract_rows(NUM_ROWS, vocab_size, len(groups), pages_per_seq, placement),
+        rows=abstract_rows(
+            NUM_ROWS,
+            vocab_size,
+            len(groups),
+            pages_per_seq,
+            placement,
+            (len(tables), len(order)) if tables else None,
+        ),
         hidden=_array((cfg.hidden_size,), cfg.dtype),
         fill=0.0,
         placement=placement,
+        expert_layers=expert_layers(whole, tuple(tables)),
     )
     with tracing_for("cuda"):
-        lowered = table.lower(str(bucket))
+        lowered = table.lower(name or str(bucket))
     options = bucket_options(compiler_options("cuda"), num_tokens, num_seqs, is_invariant)
     return _compile(lowered, folder, options)
 
