@@ -72,6 +72,13 @@ def bucket_options(
     return options | changes
 
 
+def any_size_options(platform: str, is_batch_invariant: bool) -> Options:
+    """For a program that is traced anew for each number of tokens (`runtime/forward.py`)."""
+    if platform not in GPU_PLATFORMS or not is_batch_invariant:
+        return {}
+    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+
+
 def measuring_options(platform: str, user_flags: str = "") -> Options:
     """For a program that is compiled for its memory figures only: no kernel is timed."""
     options = compiler_options(platform, user_flags)
