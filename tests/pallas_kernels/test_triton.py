@@ -10,6 +10,7 @@ import pytest
 OPERATIONS = (
     "add_rms_norm",
     "grouped_matmul",
+    "joint_attention",
     "latent_attention",
     "linear",
     "mla_attention",
