@@ -85,7 +85,8 @@ def attend_token(
     TO_LOG2: tl.constexpr = SCALE * LOG2_E
     TILES: tl.constexpr = (N + HEADS - 1) // HEADS
     token = tl.program_id(0) // TILES
-    heads = tl.program_id(0) % TILES * HEADS + tl.arange(0, HEADS)
+    first_head = tl.program_id(0) % TILES * HEADS
+    heads = first_head + tl.arange(0, HEADS)
     split = tl.program_id(1)
     e = tl.arange(0, EP)[None, :]
     is_head = heads < N
@@ -97,14 +98,16 @@ def attend_token(
     share = tl.maximum(tl.cdiv(num_blocks, SPLITS), MIN_BLOCKS if SPLITS > 1 else 1)
     begin = split * share
     end = tl.minimum(begin + share, num_blocks)
-    partial = (token.to(tl.int64) * SPLITS + split) * N + heads
+    # Few enough for 32 bits: with all their heads they fill the device once.
+    partial = (token * SPLITS + split) * N + heads
     if SPLITS > 1:  # noqa: SIM102
         if begin >= num_blocks:
             tl.store(top_ptr + partial, tl.full([HEADS], NEVER, tl.float32), mask=is_head)
             tl.store(total_ptr + partial, tl.zeros([HEADS], tl.float32), mask=is_head)
             return
-    row = (token.to(tl.int64) * N + heads)[:, None]
-    q = tl.load(q_ptr + row * E + e, mask=in_tile, other=0.0).to(DTYPE)
+    of_tile = (token.to(tl.int64) * N + first_head) * E
+    in_order = tl.arange(0, HEADS)[:, None] * E + e
+    q = tl.load(q_ptr + of_tile + in_order, mask=in_tile, other=0.0).to(DTYPE)
     top = tl.full([HEADS], NEVER, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, EP], tl.float32)
@@ -123,7 +126,7 @@ def attend_token(
     if SPLITS == 1:
         sink = tl.load(sinks_ptr + heads, mask=is_head, other=0.0)
         out = finish(top, total, acc, sink, True)
-        tl.store(out_ptr + row * E + e, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+        tl.store(out_ptr + of_tile + in_order, out.to(out_ptr.dtype.element_ty), mask=in_tile)
     else:
         tl.store(acc_ptr + partial[:, None] * E + e, acc, mask=in_tile)
         tl.store(top_ptr + partial, top, mask=is_head)

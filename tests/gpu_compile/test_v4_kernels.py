@@ -5,11 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu_compile.test_triton_kernels import (
-    SHARED_BYTES,
-    compile_for_hopper,
-    spilled_bytes,
-)
+from tests.gpu_compile.test_triton_kernels import check_streams, compile_for_hopper
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -33,8 +29,4 @@ def test_joint_attention(heads: int, splits: int, tmp_path: Path) -> None:
     pointers = (DATA, DATA, INDEX, DATA, INDEX, INDEX, WIDE, DATA, WIDE, WIDE, WIDE)
     compiled = compile_for_hopper(attend_token, pointers, constants, tile.schedule)
     assert ("wgmma.mma_async" in compiled.ptx) == (tile.heads >= 64)
-    assert compiled.shared_bytes <= SHARED_BYTES
-    assert "cp.async" in compiled.ptx
-    # The accumulator takes half of the registers; addresses of the result wait elsewhere while the
-    # loops run.
-    assert spilled_bytes(compiled.ptx, tmp_path) <= 96
+    check_streams(compiled, tmp_path)
