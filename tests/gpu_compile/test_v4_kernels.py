@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu_compile.test_triton_kernels import check_streams, compile_for_hopper
+from tests.gpu_compile.test_triton_kernels import (
+    check_streams,
+    compile_for_hopper,
+    spilled_bytes,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -30,3 +34,61 @@ def test_joint_attention(heads: int, splits: int, tmp_path: Path) -> None:
     compiled = compile_for_hopper(attend_token, pointers, constants, tile.schedule)
     assert ("wgmma.mma_async" in compiled.ptx) == (tile.heads >= 64)
     check_streams(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("queries", [1, 16])
+@pytest.mark.parametrize("row", [640, 704])
+def test_scores(row: int, queries: int, tmp_path: Path) -> None:
+    from jengine.pallas_kernels.select_tokens import triton_gpu
+    from jengine.pallas_kernels.select_tokens.triton_kernels import score_queries
+
+    tile = triton_gpu.tiling(2)
+    constants = {
+        "J": 64, "JP": 64, "X": 128, "XP": 128, "ROW": row, "B": 32, "M": 1024, "LENGTH": 32768,
+        "TOKENS_PER_ENTRY": 4, "TOP_K": 512, "QUERIES": queries, "BLOCK": tile.block, "PARTS": 4,
+        "SCALE": 128**-0.5, "PRECISION": "ieee", "WIDE": False,
+    }  # fmt: skip
+    pointers = (DATA, WIDE, DATA, INDEX, INDEX, "*u32")
+    compiled = compile_for_hopper(score_queries, pointers, constants, tile.schedule)
+    assert "wgmma.mma_async" in compiled.ptx
+    check_streams(compiled, tmp_path, tile.programs_per_multiprocessor)
+
+
+@pytest.mark.parametrize(
+    ("length", "top_k"),
+    [(2048, 512), (8192, 2048), (32768, 512), (262144, 512), (262144, 1024), (163840, 2048)],
+)
+def test_choices(length: int, top_k: int, tmp_path: Path) -> None:
+    """Ranks stay in registers while they are counted."""
+    from jengine.pallas_kernels.select_tokens import triton_gpu, triton_kernels
+
+    cut = triton_gpu.Cut.of(length, top_k)
+    constants = {
+        "B": 32, "M": length // 32, "TOKENS_PER_ENTRY": 4, "TOP_K": top_k, "QUERIES": 1,
+        "CHUNK": cut.chunk, "CHUNKS": cut.chunks,
+    }  # fmt: skip
+    rank = "*u32"
+    compiled = compile_for_hopper(
+        triton_kernels.choose_of_chunks,
+        (rank, INDEX, INDEX, INDEX, INDEX, rank, INDEX),
+        constants
+        | {
+            "LENGTH": length,
+            "KP": triton_gpu.power_of_two(top_k),
+            "BLOCK": min(cut.chunk, triton_gpu.MAX_PLACED),
+        },
+        triton_gpu.schedule_of(cut.chunk),
+    )
+    assert spilled_bytes(compiled.ptx, tmp_path) == 0
+    if cut.chunks > 1:
+        compiled = compile_for_hopper(
+            triton_kernels.choose_of_best,
+            (rank, INDEX, INDEX, INDEX, INDEX, INDEX),
+            constants
+            | {
+                "CANDIDATES": cut.candidates,
+                "BLOCK": min(cut.candidates, triton_gpu.MAX_PLACED),
+            },
+            triton_gpu.schedule_of(cut.candidates),
+        )
+        assert spilled_bytes(compiled.ptx, tmp_path) == 0

@@ -17,6 +17,7 @@ OPERATIONS = (
     "ragged_paged_attention",
     "rotate_and_write",
     "route_experts",
+    "select_tokens",
 )
 
 
