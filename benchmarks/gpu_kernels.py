@@ -1,6 +1,6 @@
 """Products of few rows, routed experts and attention over latents on a GPU, beside their floors.
 
-    python -m benchmarks.gpu_kernels [products] [experts] [latents]
+    python -m benchmarks.gpu_kernels [products] [experts] [latents] [v4]
 
 Each line is the time of one call among several with weights of their own (nothing stays in the L2
 cache between two), in one CUDA graph: what a call adds to a decode step, its launch included. The
@@ -39,7 +39,7 @@ EXPERTS = {  # (experts, top_k, embed, mlp)
 }
 TOKENS = (1, 8, 64, 256, 1024, 8192)
 LATENTS = ((1, 1024), (64, 1024), (64, 4096), (256, 512))  # 16 heads, entries of 512 and 64
-TABLES = ("products", "experts", "latents")
+TABLES = ("products", "experts", "latents", "v4")
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
     for table in options.tables or TABLES:
-        {"products": products, "experts": experts, "latents": latents}[table]()
+        {"products": products, "experts": experts, "latents": latents, "v4": v4}[table]()
 
 
 def products() -> None:
@@ -128,6 +128,12 @@ def latents() -> None:
         floor = seqs * context * (C + R) * 2 / BYTES_PER_US
         us = time_calls(run, [(q, p, table_SM, cu, lens) for p in pages])
         print(f"latents {seqs} x {context}: floor {floor:.1f} us, ours {us:.1f}", flush=True)
+
+
+def v4() -> None:
+    from benchmarks import v4_kernels  # which imports this module
+
+    v4_kernels.v4()
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -71,10 +71,9 @@ def joint_attention(
     programs = T * -(-N // tile.heads)
     splits = num_splits(programs, blocks)
     is_real_T = jnp.arange(T, dtype=jnp.int32) < num_tokens
-    counts_2T = jnp.stack(
-        [jnp.where(is_real_T, jnp.sum(x >= 0, axis=1, dtype=jnp.int32), 0)
-         for x in (slots, more_slots)]
-    )  # fmt: skip
+    counts_T, more_counts_T = (
+        jnp.sum((x >= 0) & is_real_T[:, None], axis=1, dtype=jnp.int32) for x in (slots, more_slots)
+    )
     sinks_N = sinks_N.astype(jnp.float32)
     sizes = {"N": N, "E": E, "EP": max(16, 1 << (E - 1).bit_length()), "SPLITS": splits}
     out_shape = jax.ShapeDtypeStruct((T, N, E), q_TNE.dtype)
@@ -82,7 +81,7 @@ def joint_attention(
     parts = T * splits if splits > 1 else 1
     out_TNE, acc, top, total = triton_call(
         attend_token,
-        (q_TNE, pages, slots, more_pages, more_slots, counts_2T, sinks_N),
+        (q_TNE, pages, slots, counts_T, more_pages, more_slots, more_counts_T, sinks_N),
         [
             out_shape if splits == 1 else jax.ShapeDtypeStruct((1, N, E), q_TNE.dtype),
             jax.ShapeDtypeStruct((parts, N, E), jnp.float32),
@@ -92,7 +91,6 @@ def joint_attention(
         grid=(programs, splits),
         constants=sizes
         | {
-            "T": T,
             "HEADS": tile.heads,
             "FIRST_ROW": pages.shape[2],
             "FIRST_WIDTH": widths[0],

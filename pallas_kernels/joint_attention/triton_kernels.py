@@ -54,16 +54,16 @@ def attend_token(
     q_ptr,  # [T, N, E]
     first_pages_ptr,  # [slots, FIRST_ROW]
     first_slots_ptr,  # i32[T, FIRST_WIDTH]
+    first_counts_ptr,  # i32[T]: slots in use
     second_pages_ptr,  # [slots, SECOND_ROW], or anything
     second_slots_ptr,  # i32[T, SECOND_WIDTH], or anything
-    counts_ptr,  # i32[2, T]: slots in use, of the first cache and of the second
+    second_counts_ptr,  # i32[T]
     sinks_ptr,  # f32[N]
     # outputs
     out_ptr,  # [T, N, E]; written where there is one split
     acc_ptr,  # f32[T, SPLITS, N, E]; written where there are several, as the next two
     top_ptr,  # f32[T, SPLITS, N]
     total_ptr,  # f32[T, SPLITS, N]: 0 of a split without slots, whose `acc` is not written
-    T: tl.constexpr,
     N: tl.constexpr,
     E: tl.constexpr,
     EP: tl.constexpr,  # E, rounded up to a power of two
@@ -91,8 +91,8 @@ def attend_token(
     e = tl.arange(0, EP)[None, :]
     is_head = heads < N
     in_tile = is_head[:, None] & (e < E)
-    first_count = tl.load(counts_ptr + token)
-    second_count = tl.load(counts_ptr + T + token) if SECOND_WIDTH > 0 else 0
+    first_count = tl.load(first_counts_ptr + token)
+    second_count = tl.load(second_counts_ptr + token) if SECOND_WIDTH > 0 else 0
     first_blocks = tl.cdiv(first_count, BLOCK)
     num_blocks = first_blocks + tl.cdiv(second_count, BLOCK)
     share = tl.maximum(tl.cdiv(num_blocks, SPLITS), MIN_BLOCKS if SPLITS > 1 else 1)
@@ -153,9 +153,9 @@ def add_up_splits(
     head = tl.program_id(1)
     first = token.to(tl.int64) * SPLITS
     splits = tl.arange(0, SPLITS_P)
-    at = (first + splits) * N + head
-    tops = tl.load(top_ptr + at, mask=splits < SPLITS, other=NEVER)
-    totals = tl.load(total_ptr + at, mask=splits < SPLITS, other=0.0)
+    of_split = (first + splits) * N + head
+    tops = tl.load(top_ptr + of_split, mask=splits < SPLITS, other=NEVER)
+    totals = tl.load(total_ptr + of_split, mask=splits < SPLITS, other=0.0)
     sink = tl.load(sinks_ptr + head) * LOG2_E
     top = tl.maximum(tl.max(tops, 0), sink)
     total = tl.sum(totals * tl.exp2(tops - top), 0) + tl.exp2(sink - top)

@@ -77,7 +77,7 @@ def select_tokens(
     scale: float,
     tokens_per_entry: int = 1,
 ) -> jax.Array:
-    (T, J, X), (S, M) = q_TJX.shape, page_table_SM.shape
+    (T, J, X), M = q_TJX.shape, page_table_SM.shape[1]
     length = M * pages_PBE.shape[1]
     k = min(top_k, length)
     if q_TJX.dtype not in DTYPES or pages_PBE.dtype not in DTYPES:
@@ -89,25 +89,24 @@ def select_tokens(
     tiles_W4 = plan_tiles(cu_q_lens_S1, kv_lens_S, num_seqs, num_tokens=T, size=size)
     at_once = max(1, min(tiles_W4.shape[0], MAX_RANKS // (size * length)))
 
-    def choose(tiles_W4: jax.Array, slots_Tk: jax.Array) -> jax.Array:
+    def choose(tiles_W4: jax.Array, prior_Tk: jax.Array | None) -> jax.Array:
         return _choose(
-            q_TJX, weights_TJ, pages_PBE, page_table_SM, tiles_W4, slots_Tk,
-            size=size, scale=scale, tokens_per_entry=tokens_per_entry,
+            q_TJX, weights_TJ, pages_PBE, page_table_SM, tiles_W4, prior_Tk,
+            top_k=k, size=size, scale=scale, tokens_per_entry=tokens_per_entry,
         )  # fmt: skip
 
-    slots_Tk = jnp.full((T, k), -1, jnp.int32)
     turns = -(-tiles_W4.shape[0] // at_once)
     if turns == 1:
-        return choose(tiles_W4, slots_Tk)
+        return choose(tiles_W4, None)
     padded_W4 = jnp.pad(tiles_W4, ((0, -tiles_W4.shape[0] % at_once), (0, 0)))
     return lax.fori_loop(
         0,
         turns,
-        lambda i, slots: choose(
-            lax.dynamic_slice_in_dim(padded_W4, i * at_once, at_once), slots
+        lambda i, slots_Tk: choose(
+            lax.dynamic_slice_in_dim(padded_W4, i * at_once, at_once), slots_Tk
         ),
-        slots_Tk,
-    )  # fmt: skip
+        jnp.full((T, k), -1, jnp.int32),
+    )
 
 
 def plan_tiles(
@@ -147,20 +146,21 @@ def _choose(
     pages_PBE: jax.Array,
     page_table_SM: jax.Array,
     tiles_W4: jax.Array,
-    slots_Tk: jax.Array,
+    prior_Tk: jax.Array | None,
     *,
+    top_k: int,
     size: int,
     scale: float,
     tokens_per_entry: int,
 ) -> jax.Array:
-    """`slots`, which are consumed, with those of the tiles' tokens."""
+    """The slots of the tiles' tokens. Consumes `prior`, which holds those of others."""
     from jengine.pallas_kernels.select_tokens.triton_kernels import (
         choose_of_best,
         choose_of_chunks,
         score_queries,
     )
 
-    (_, J, X), W, k = q_TJX.shape, tiles_W4.shape[0], slots_Tk.shape[1]
+    (T, J, X), W, k = q_TJX.shape, tiles_W4.shape[0], top_k
     B, M = pages_PBE.shape[1], page_table_SM.shape[1]
     length = M * B
     is_wide = q_TJX.dtype != pages_PBE.dtype or q_TJX.dtype == jnp.float32
@@ -190,11 +190,11 @@ def _choose(
         },
         schedule=tile.schedule,
     )[0]
-    slots_shape = jax.ShapeDtypeStruct(slots_Tk.shape, jnp.int32)
+    slots_shape = jax.ShapeDtypeStruct((T, k), jnp.int32)
     nominated = (W * size, cut.chunks, k) if cut.chunks > 1 else (1, 1, 1)
     slots_Tk, best_ranks, best = triton_call(
         choose_of_chunks,
-        (ranks, page_table_SM, tiles_W4, slots_Tk),
+        (ranks, page_table_SM, tiles_W4, tiles_W4 if prior_Tk is None else prior_Tk),
         [
             slots_shape,
             jax.ShapeDtypeStruct(nominated, jnp.uint32),
@@ -210,7 +210,7 @@ def _choose(
             "BLOCK": min(cut.chunk, MAX_PLACED),
         },
         schedule=schedule_of(cut.chunk),
-        aliases={3: 0},
+        aliases={} if prior_Tk is None else {3: 0},
     )
     if cut.chunks == 1:
         return slots_Tk

@@ -92,7 +92,7 @@ def choose_of_chunks(
     ranks_ptr,  # u32[W * QUERIES, LENGTH]
     table_ptr,  # i32[S, M]
     tiles_ptr,  # i32[W, 4]
-    prior_ptr,  # i32[T, TOP_K]: aliased to slots
+    prior_ptr,  # i32[T, TOP_K]: aliased to slots where other tiles' are there, or anything
     # outputs
     slots_ptr,  # i32[T, TOP_K]; written here where there is one chunk
     best_ranks_ptr,  # u32[W * QUERIES, CHUNKS, TOP_K], or anything: 0 behind the last
