@@ -99,3 +99,19 @@ def test_choices(length: int, top_k: int, tmp_path: Path) -> None:
             triton_gpu.schedule_of(cut.candidates),
         )
         assert spilled_bytes(compiled.ptx, tmp_path) == 0
+
+
+@pytest.mark.parametrize("is_decode", [False, True])
+@pytest.mark.parametrize(("halves", "channels"), [(1, 512), (2, 640)])
+def test_compression(halves: int, channels: int, is_decode: bool, tmp_path: Path) -> None:
+    from jengine.pallas_kernels.compress_tokens import triton_gpu
+    from jengine.pallas_kernels.compress_tokens.triton_kernels import compress_pieces
+
+    constants = {
+        "S": 64, "U": halves, "H": channels, "BLOCK": triton_gpu.BLOCK, "IN_PLACE": is_decode,
+        "UNROLL": 1 if is_decode else triton_gpu.UNROLL,
+    }  # fmt: skip
+    pointers = (WIDE, WIDE, WIDE, INDEX, INDEX, WIDE, WIDE)
+    compiled = compile_for_hopper(compress_pieces, pointers, constants, Schedule(1, 1))
+    assert "ld.global.v4" in compiled.ptx  # a thread's channels at once
+    assert spilled_bytes(compiled.ptx, tmp_path) == 0

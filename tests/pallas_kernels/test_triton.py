@@ -9,6 +9,7 @@ import pytest
 
 OPERATIONS = (
     "add_rms_norm",
+    "compress_tokens",
     "grouped_matmul",
     "joint_attention",
     "latent_attention",
