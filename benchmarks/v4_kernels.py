@@ -44,12 +44,16 @@ class Steps:
         return self.rng.integers(NUM_PAGES, size=(seqs, MAX_LEN // PAGE)).astype(np.int32)
 
     def window_slots(self, tokens: int) -> np.ndarray:
-        first = self.rng.integers(1024, size=(tokens, 1)) * PAGE
-        return (first + np.arange(WINDOW)).astype(np.int32)
+        """Of a chunk's tokens, neighbours' overlap."""
+        first = self.rng.integers(1024, size=tokens) * PAGE
+        if tokens == PREFILL:
+            first = np.arange(tokens)
+        return (first[:, None] + np.arange(WINDOW)).astype(np.int32)
 
     def entry_slots(self, positions: np.ndarray, ratio: int, width: int) -> np.ndarray:
         """[T, width]: so many random entries of those that there are, or all; then -1."""
-        tables = self.tables(len(positions))
+        tables = self.tables(1 if len(positions) == PREFILL else len(positions))
+        tables = np.broadcast_to(tables, (len(positions), tables.shape[1]))
         slots = np.full((len(positions), width), -1, np.int32)
         for t, position in enumerate(positions):
             count = (position + 1) // ratio
