@@ -115,3 +115,27 @@ def test_compression(halves: int, channels: int, is_decode: bool, tmp_path: Path
     compiled = compile_for_hopper(compress_pieces, pointers, constants, Schedule(1, 1))
     assert "ld.global.v4" in compiled.ptx  # a thread's channels at once
     assert spilled_bytes(compiled.ptx, tmp_path) == 0
+
+
+@pytest.mark.parametrize("width", [4096, 7168])
+def test_streams(width: int, tmp_path: Path) -> None:
+    from jengine.pallas_kernels.read_streams import triton_gpu, triton_kernels
+
+    sizes = {"T": 64, "R": 24, "RP": 32}
+    for tokens in (64, 2048):
+        constants = sizes | {
+            "X": 4 * width, "ROWS": triton_gpu.project_rows(tokens), "BK": 32, "WIDE": False,
+            "CHUNK": width // 8,
+        }  # fmt: skip
+        project = triton_kernels.project_streams
+        compiled = compile_for_hopper(project, (DATA, WIDE, WIDE), constants, Schedule(4, 3))
+        assert "tf32" in compiled.ptx
+        assert spilled_bytes(compiled.ptx, tmp_path) == 0
+    constants = sizes | {
+        "C": 4, "CP": 4, "D": width, "DP": 1 << (width - 1).bit_length(), "ITERATIONS": 20,
+        "EPS": 1e-6, "NORM_EPS": 1e-6, "CHUNKS": triton_gpu.CHUNKS,
+    }  # fmt: skip
+    pointers = (DATA, *[WIDE] * 4, DATA, WIDE, WIDE)
+    mix = triton_kernels.mix_streams
+    compiled = compile_for_hopper(mix, pointers, constants, Schedule(8, 1))
+    assert spilled_bytes(compiled.ptx, tmp_path) == 0

@@ -16,6 +16,7 @@ OPERATIONS = (
     "linear",
     "mla_attention",
     "ragged_paged_attention",
+    "read_streams",
     "rotate_and_write",
     "route_experts",
     "select_tokens",
