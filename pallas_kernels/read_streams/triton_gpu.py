@@ -13,7 +13,7 @@ from jengine.pallas_kernels.triton_call import Schedule, triton_call
 DTYPES = ("bfloat16", "float16", "float32")
 CHUNKS = 32
 MAX_WIDTH, MAX_STREAMS = 16384, 8
-MANY_TOKENS = 512  # from which on more of them share what is read of `fn`
+MANY_TOKENS = 512  # from which on more of them share what is read of `fn`; by the same instructions
 
 
 def read_streams(
@@ -81,4 +81,4 @@ def read_streams(
 
 def project_rows(num_tokens: int) -> int:
     """Tokens of a program."""
-    return 64 if num_tokens >= MANY_TOKENS else 16
+    return 32 if num_tokens >= MANY_TOKENS else 16

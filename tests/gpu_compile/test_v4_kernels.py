@@ -139,3 +139,15 @@ def test_streams(width: int, tmp_path: Path) -> None:
     mix = triton_kernels.mix_streams
     compiled = compile_for_hopper(mix, pointers, constants, Schedule(8, 1))
     assert spilled_bytes(compiled.ptx, tmp_path) == 0
+
+
+def test_norms(tmp_path: Path) -> None:
+    from jengine.pallas_kernels.norm_and_rotate.triton_kernels import norm_rows
+
+    constants = {
+        "NUM_ROWS": 4096, "N": 64, "H": 512, "HP": 512, "PAIRS": 32, "PP": 32, "ROWS": 4,
+        "EPS": 1e-6,
+    }  # fmt: skip
+    pointers = (DATA, WIDE, WIDE, DATA)
+    compiled = compile_for_hopper(norm_rows, pointers, constants, Schedule(4, 1))
+    assert spilled_bytes(compiled.ptx, tmp_path) == 0

@@ -15,6 +15,7 @@ OPERATIONS = (
     "latent_attention",
     "linear",
     "mla_attention",
+    "norm_and_rotate",
     "ragged_paged_attention",
     "read_streams",
     "rotate_and_write",
