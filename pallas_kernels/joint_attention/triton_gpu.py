@@ -15,7 +15,7 @@ from jengine.pallas_kernels.ragged_paged_attention.triton_gpu import programs_at
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
 DTYPES = ("bfloat16", "float16", "float32")
-MAX_ENTRY_DIM = 512
+MAX_VALUE_DIM, MAX_REST = 512, 64
 MAX_SPLITS = 64  # of a token's slots
 MIN_BLOCKS = 2  # of a split
 CHUNK = 8  # splits that are added up at once
@@ -54,36 +54,53 @@ def joint_attention(
     *,
     scale: float,
 ) -> jax.Array:
-    T, N, E = q_TNE.shape
+    return attend(q_TNE, caches, sinks_N, num_tokens, value_dim=q_TNE.shape[2], scale=scale)
+
+
+def attend(
+    q_TNE: jax.Array,
+    caches: Sequence[tuple[jax.Array, jax.Array]],
+    sinks_N: jax.Array | None,
+    num_tokens: jax.Array,
+    *,
+    value_dim: int,
+    scale: float,
+) -> jax.Array:
+    """[T, N, value_dim]. A value is the first part of its key."""
+    (T, N, _), E, R = q_TNE.shape, value_dim, q_TNE.shape[2] - value_dim
     dtypes = {q_TNE.dtype, *(pages.dtype for pages, _ in caches)}
     if not all(dtype in DTYPES for dtype in dtypes):
         raise NotImplementedError(f"queries and pages of {dtypes}")
-    if E > MAX_ENTRY_DIM or E % 8 or not 1 <= len(caches) <= 2:
-        raise NotImplementedError(f"{len(caches)} caches, entries of {E}")
+    if E > MAX_VALUE_DIM or R > MAX_REST or E % 8 or R % 8 or not 1 <= len(caches) <= 2:
+        raise NotImplementedError(f"{len(caches)} caches, entries of {E} and {R}")
     require_cuda()
-    from jengine.pallas_kernels.joint_attention.triton_kernels import add_up_splits, attend_token
+    from jengine.pallas_kernels.joint_attention.triton_kernels import attend_token
 
     is_wide = len(dtypes) > 1 or q_TNE.dtype == jnp.float32
     tile = tiling(N, 4 if is_wide else q_TNE.dtype.itemsize)
     (pages, slots), (more_pages, more_slots) = caches[0], caches[-1]
     widths = slots.shape[1], more_slots.shape[1] if len(caches) == 2 else 0
-    blocks = sum(-(-width // tile.block) for width in widths)
     programs = T * -(-N // tile.heads)
-    splits = num_splits(programs, blocks)
+    splits = num_splits(programs, sum(-(-width // tile.block) for width in widths))
     is_real_T = jnp.arange(T, dtype=jnp.int32) < num_tokens
     counts_T, more_counts_T = (
         jnp.sum((x >= 0) & is_real_T[:, None], axis=1, dtype=jnp.int32) for x in (slots, more_slots)
     )
-    sinks_N = sinks_N.astype(jnp.float32)
-    sizes = {"N": N, "E": E, "EP": max(16, 1 << (E - 1).bit_length()), "SPLITS": splits}
-    out_shape = jax.ShapeDtypeStruct((T, N, E), q_TNE.dtype)
-    # With one split nobody writes the parts: they need no room.
+    sinks = counts_T if sinks_N is None else sinks_N.astype(jnp.float32)
+    sizes = {
+        "N": N,
+        "E": E,
+        "EP": max(16, 1 << (E - 1).bit_length()),
+        "SPLITS": splits,
+        "HAS_SINKS": sinks_N is not None,
+    }
+    # With one split nobody writes the parts, with several nobody the result: they need no room.
     parts = T * splits if splits > 1 else 1
     out_TNE, acc, top, total = triton_call(
         attend_token,
-        (q_TNE, pages, slots, counts_T, more_pages, more_slots, more_counts_T, sinks_N),
+        (q_TNE, pages, slots, counts_T, more_pages, more_slots, more_counts_T, sinks),
         [
-            out_shape if splits == 1 else jax.ShapeDtypeStruct((1, N, E), q_TNE.dtype),
+            jax.ShapeDtypeStruct((T if splits == 1 else 1, N, E), q_TNE.dtype),
             jax.ShapeDtypeStruct((parts, N, E), jnp.float32),
             jax.ShapeDtypeStruct((parts, N), jnp.float32),
             jax.ShapeDtypeStruct((parts, N), jnp.float32),
@@ -91,6 +108,8 @@ def joint_attention(
         grid=(programs, splits),
         constants=sizes
         | {
+            "R": R,
+            "RP": max(16, 1 << (R - 1).bit_length()) if R else 16,
             "HEADS": tile.heads,
             "FIRST_ROW": pages.shape[2],
             "FIRST_WIDTH": widths[0],
@@ -104,13 +123,25 @@ def joint_attention(
         },
         schedule=tile.schedule,
     )
-    if splits == 1:
-        return out_TNE
+    return out_TNE if splits == 1 else _add_up(acc, top, total, sinks, q_TNE, sizes)
+
+
+def _add_up(
+    acc: jax.Array,
+    top: jax.Array,
+    total: jax.Array,
+    sinks: jax.Array,
+    q_TNE: jax.Array,
+    sizes: dict[str, int | bool],
+) -> jax.Array:
+    from jengine.pallas_kernels.joint_attention.triton_kernels import add_up_splits
+
+    T, N, _ = q_TNE.shape
     return triton_call(
         add_up_splits,
-        (acc, top, total, sinks_N),
-        [out_shape],
+        (acc, top, total, sinks),
+        [jax.ShapeDtypeStruct((T, N, sizes["E"]), q_TNE.dtype)],
         grid=(T, N),
-        constants=sizes | {"SPLITS_P": 1 << (splits - 1).bit_length(), "CHUNK": CHUNK},
+        constants=sizes | {"SPLITS_P": 1 << (sizes["SPLITS"] - 1).bit_length(), "CHUNK": CHUNK},
         schedule=Schedule(4, 1),
     )[0]

@@ -1,4 +1,5 @@
-"""Triton kernels of `joint_attention`. Imported only where a program for a GPU is traced.
+"""Triton kernels of `joint_attention` and `sparse_mla_attention`. Imported only where a program for
+a GPU is traced.
 
 A program has some heads of one token, which are the rows of its products, and a share of the blocks
 of the token's slots: those of the first cache, then those of the second.
@@ -18,6 +19,7 @@ from jengine.pallas_kernels.ragged_paged_attention.triton_kernels import (
 @triton.jit
 def attend_slots(
     q,  # [HEADS, EP]
+    q_rest,  # [HEADS, RP], or anything
     pages_ptr,  # [slots, ROW]
     slots_ptr,  # of this token
     first,
@@ -27,6 +29,8 @@ def attend_slots(
     acc,
     E: tl.constexpr,
     EP: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
     ROW: tl.constexpr,
     BLOCK: tl.constexpr,
     TO_LOG2: tl.constexpr,
@@ -43,6 +47,14 @@ def attend_slots(
             pages_ptr + (slot * ROW)[:, None] + e, mask=is_live[:, None] & (e < E), other=0.0
         ).to(DTYPE)
         s = tl.dot(q, tl.trans(entries), input_precision=PRECISION)
+        if R > 0:
+            r = tl.arange(0, RP)[None, :]
+            rest = tl.load(
+                pages_ptr + (slot * ROW)[:, None] + E + r,
+                mask=is_live[:, None] & (r < R),
+                other=0.0,
+            ).to(DTYPE)
+            s = tl.dot(q_rest, tl.trans(rest), s, input_precision=PRECISION)
         top, total, acc = accumulate(
             s, entries, is_live[None, :], top, total, acc, TO_LOG2, PRECISION
         )
@@ -51,14 +63,14 @@ def attend_slots(
 
 @triton.jit
 def attend_token(
-    q_ptr,  # [T, N, E]
+    q_ptr,  # [T, N, E + R]
     first_pages_ptr,  # [slots, FIRST_ROW]
     first_slots_ptr,  # i32[T, FIRST_WIDTH]
     first_counts_ptr,  # i32[T]: slots in use
     second_pages_ptr,  # [slots, SECOND_ROW], or anything
     second_slots_ptr,  # i32[T, SECOND_WIDTH], or anything
     second_counts_ptr,  # i32[T]
-    sinks_ptr,  # f32[N]
+    sinks_ptr,  # f32[N], or anything
     # outputs
     out_ptr,  # [T, N, E]; written where there is one split
     acc_ptr,  # f32[T, SPLITS, N, E]; written where there are several, as the next two
@@ -67,6 +79,8 @@ def attend_token(
     N: tl.constexpr,
     E: tl.constexpr,
     EP: tl.constexpr,  # E, rounded up to a power of two
+    R: tl.constexpr,  # what a key has behind its value
+    RP: tl.constexpr,
     HEADS: tl.constexpr,  # of a program
     FIRST_ROW: tl.constexpr,
     FIRST_WIDTH: tl.constexpr,
@@ -75,6 +89,7 @@ def attend_token(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,  # of a split
+    HAS_SINKS: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32
@@ -105,28 +120,33 @@ def attend_token(
             tl.store(top_ptr + partial, tl.full([HEADS], NEVER, tl.float32), mask=is_head)
             tl.store(total_ptr + partial, tl.zeros([HEADS], tl.float32), mask=is_head)
             return
-    of_tile = (token.to(tl.int64) * N + first_head) * E
-    in_order = tl.arange(0, HEADS)[:, None] * E + e
-    q = tl.load(q_ptr + of_tile + in_order, mask=in_tile, other=0.0).to(DTYPE)
+    of_tile = token.to(tl.int64) * N + first_head
+    nth = tl.arange(0, HEADS)[:, None]
+    q_at = q_ptr + of_tile * (E + R) + nth * (E + R)
+    q = tl.load(q_at + e, mask=in_tile, other=0.0).to(DTYPE)
+    q_rest = q
+    if R > 0:
+        r = tl.arange(0, RP)[None, :]
+        q_rest = tl.load(q_at + E + r, mask=is_head[:, None] & (r < R), other=0.0).to(DTYPE)
     top = tl.full([HEADS], NEVER, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, EP], tl.float32)
     top, total, acc = attend_slots(
-        q, first_pages_ptr, first_slots_ptr + token.to(tl.int64) * FIRST_WIDTH, begin * BLOCK,
-        tl.minimum(end * BLOCK, first_count), top, total, acc,
-        E, EP, FIRST_ROW, BLOCK, TO_LOG2, DTYPE, PRECISION,
+        q, q_rest, first_pages_ptr, first_slots_ptr + token.to(tl.int64) * FIRST_WIDTH,
+        begin * BLOCK, tl.minimum(end * BLOCK, first_count), top, total, acc,
+        E, EP, R, RP, FIRST_ROW, BLOCK, TO_LOG2, DTYPE, PRECISION,
     )  # fmt: skip
     if SECOND_WIDTH > 0:
         top, total, acc = attend_slots(
-            q, second_pages_ptr, second_slots_ptr + token.to(tl.int64) * SECOND_WIDTH,
+            q, q_rest, second_pages_ptr, second_slots_ptr + token.to(tl.int64) * SECOND_WIDTH,
             (tl.maximum(begin, first_blocks) - first_blocks) * BLOCK,
             tl.minimum((end - first_blocks) * BLOCK, second_count), top, total, acc,
-            E, EP, SECOND_ROW, BLOCK, TO_LOG2, DTYPE, PRECISION,
+            E, EP, R, RP, SECOND_ROW, BLOCK, TO_LOG2, DTYPE, PRECISION,
         )  # fmt: skip
     if SPLITS == 1:
-        sink = tl.load(sinks_ptr + heads, mask=is_head, other=0.0)
-        out = finish(top, total, acc, sink, True)
-        tl.store(out_ptr + of_tile + in_order, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+        sink = tl.load(sinks_ptr + heads, mask=is_head, other=0.0) if HAS_SINKS else top
+        out = finish(top, total, acc, sink, HAS_SINKS).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + of_tile * E + nth * E + e, out, mask=in_tile)
     else:
         tl.store(acc_ptr + partial[:, None] * E + e, acc, mask=in_tile)
         tl.store(top_ptr + partial, top, mask=is_head)
@@ -138,7 +158,7 @@ def add_up_splits(
     acc_ptr,  # f32[T, SPLITS, N, E]
     top_ptr,  # f32[T, SPLITS, N]
     total_ptr,  # f32[T, SPLITS, N]
-    sinks_ptr,  # f32[N]
+    sinks_ptr,  # f32[N], or anything
     # outputs
     out_ptr,  # [T, N, E]
     N: tl.constexpr,
@@ -147,6 +167,7 @@ def add_up_splits(
     SPLITS: tl.constexpr,
     SPLITS_P: tl.constexpr,  # rounded up to a power of two
     CHUNK: tl.constexpr,  # splits read at once
+    HAS_SINKS: tl.constexpr,
 ):
     """The splits of one head of a token, always in the same order."""
     token = tl.program_id(0)
@@ -156,9 +177,13 @@ def add_up_splits(
     of_split = (first + splits) * N + head
     tops = tl.load(top_ptr + of_split, mask=splits < SPLITS, other=NEVER)
     totals = tl.load(total_ptr + of_split, mask=splits < SPLITS, other=0.0)
-    sink = tl.load(sinks_ptr + head) * LOG2_E
-    top = tl.maximum(tl.max(tops, 0), sink)
-    total = tl.sum(totals * tl.exp2(tops - top), 0) + tl.exp2(sink - top)
+    top = tl.max(tops, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head) * LOG2_E
+        top = tl.maximum(top, sink)
+    total = tl.sum(totals * tl.exp2(tops - top), 0)
+    if HAS_SINKS:
+        total += tl.exp2(sink - top)
     used = tl.sum((totals > 0.0).to(tl.int32), 0)  # they come first
     e = tl.arange(0, EP)
     acc = tl.zeros([EP], tl.float32)
@@ -174,4 +199,5 @@ def add_up_splits(
         )
         acc += tl.sum(parts * weight[:, None], 0)
     out_at = out_ptr + (token.to(tl.int64) * N + head) * E + e
-    tl.store(out_at, (acc / total).to(out_ptr.dtype.element_ty), mask=e < E)
+    out = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=e < E)

@@ -19,16 +19,19 @@ pytestmark = pytest.mark.skipif(
 DATA, INDEX, WIDE = "*bf16", "*i32", "*fp32"
 
 
+@pytest.mark.parametrize("rest", [0, 64])
 @pytest.mark.parametrize("splits", [1, 2, 64])
 @pytest.mark.parametrize("heads", [16, 64, 128])
-def test_joint_attention(heads: int, splits: int, tmp_path: Path) -> None:
+def test_joint_attention(heads: int, splits: int, rest: int, tmp_path: Path) -> None:
+    """Of a window and entries; with `rest`, DeepSeek-V3.2's over latents."""
     from jengine.pallas_kernels.joint_attention import triton_gpu
     from jengine.pallas_kernels.joint_attention.triton_kernels import add_up_splits, attend_token
 
     tile = triton_gpu.tiling(heads, 2)
     constants = {
-        "N": heads, "E": 512, "EP": 512, "HEADS": tile.heads, "FIRST_ROW": 512,
-        "FIRST_WIDTH": 128, "SECOND_ROW": 640, "SECOND_WIDTH": 512, "BLOCK": tile.block,
+        "N": heads, "E": 512, "EP": 512, "R": rest, "RP": 64, "HEADS": tile.heads,
+        "FIRST_ROW": 512 + 3 * rest, "FIRST_WIDTH": 128, "SECOND_ROW": 640,
+        "SECOND_WIDTH": 0 if rest else 512, "BLOCK": tile.block, "HAS_SINKS": not rest,
         "SPLITS": splits, "MIN_BLOCKS": 2, "SCALE": 512**-0.5, "PRECISION": "ieee", "WIDE": False,
     }  # fmt: skip
     pointers = (DATA, *(DATA, INDEX, INDEX) * 2, WIDE, DATA, WIDE, WIDE, WIDE)
@@ -36,7 +39,7 @@ def test_joint_attention(heads: int, splits: int, tmp_path: Path) -> None:
     assert ("wgmma.mma_async" in compiled.ptx) == (tile.heads >= 64)
     check_streams(compiled, tmp_path)
     if splits > 1:
-        sizes = {name: constants[name] for name in ("N", "E", "EP", "SPLITS")}
+        sizes = {name: constants[name] for name in ("N", "E", "EP", "SPLITS", "HAS_SINKS")}
         constants = sizes | {"SPLITS_P": splits, "CHUNK": triton_gpu.CHUNK}
         pointers = (WIDE, WIDE, WIDE, WIDE, DATA)
         compiled = compile_for_hopper(add_up_splits, pointers, constants, Schedule(4, 1))

@@ -21,6 +21,7 @@ OPERATIONS = (
     "rotate_and_write",
     "route_experts",
     "select_tokens",
+    "sparse_mla_attention",
 )
 
 
