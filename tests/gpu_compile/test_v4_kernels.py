@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,13 @@ pytestmark = pytest.mark.skipif(
 DATA, INDEX, WIDE = "*bf16", "*i32", "*fp32"
 
 
-@pytest.mark.parametrize("rest", [0, 64])
-@pytest.mark.parametrize("splits", [1, 2, 64])
-@pytest.mark.parametrize("heads", [16, 64, 128])
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("rest", [0, slow(64)])
+@pytest.mark.parametrize("splits", [1, slow(2), slow(64)])
+@pytest.mark.parametrize("heads", [slow(16), 64, slow(128)])
 def test_joint_attention(heads: int, splits: int, rest: int, tmp_path: Path) -> None:
     """Of a window and entries; with `rest`, DeepSeek-V3.2's over latents."""
     from jengine.pallas_kernels.joint_attention import triton_gpu
@@ -46,8 +51,8 @@ def test_joint_attention(heads: int, splits: int, rest: int, tmp_path: Path) -> 
         assert spilled_bytes(compiled.ptx, tmp_path) == 0
 
 
-@pytest.mark.parametrize("queries", [1, 16])
-@pytest.mark.parametrize("row", [640, 704])
+@pytest.mark.parametrize("queries", [1, slow(16)])
+@pytest.mark.parametrize("row", [640, slow(704)])
 def test_scores(row: int, queries: int, tmp_path: Path) -> None:
     from jengine.pallas_kernels.select_tokens import triton_gpu
     from jengine.pallas_kernels.select_tokens.triton_kernels import score_queries
@@ -66,7 +71,11 @@ def test_scores(row: int, queries: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("length", "top_k"),
-    [(2048, 512), (8192, 2048), (32768, 512), (262144, 512), (262144, 1024), (163840, 2048)],
+    [
+        (32768, 512),
+        *(slow(2048, 512), slow(8192, 2048)),
+        *(slow(262144, 512), slow(262144, 1024), slow(163840, 2048)),
+    ],
 )
 def test_choices(length: int, top_k: int, tmp_path: Path) -> None:
     """Ranks stay in registers while they are counted."""
@@ -104,8 +113,8 @@ def test_choices(length: int, top_k: int, tmp_path: Path) -> None:
         assert spilled_bytes(compiled.ptx, tmp_path) == 0
 
 
-@pytest.mark.parametrize("is_decode", [False, True])
-@pytest.mark.parametrize(("halves", "channels"), [(1, 512), (2, 640)])
+@pytest.mark.parametrize("is_decode", [slow(False), True])
+@pytest.mark.parametrize(("halves", "channels"), [slow(1, 512), (2, 640)])
 def test_compression(halves: int, channels: int, is_decode: bool, tmp_path: Path) -> None:
     from jengine.pallas_kernels.compress_tokens import triton_gpu
     from jengine.pallas_kernels.compress_tokens.triton_kernels import compress_pieces
@@ -120,7 +129,7 @@ def test_compression(halves: int, channels: int, is_decode: bool, tmp_path: Path
     assert spilled_bytes(compiled.ptx, tmp_path) == 0
 
 
-@pytest.mark.parametrize("width", [4096, 7168])
+@pytest.mark.parametrize("width", [4096, slow(7168)])
 def test_streams(width: int, tmp_path: Path) -> None:
     from jengine.pallas_kernels.read_streams import triton_gpu, triton_kernels
 

@@ -27,7 +27,13 @@ IN_CHUNKS = (
     Case(((1, 9000), (1, 4100)), top_k=200, heads=2, dim=2, values=(-1.0, 0.0, 1.0)),
     Case(((1, 9000),), top_k=1000, heads=1, dim=2, values=(0.0,)),
 )
-INTERPRETED = (CASES[1], CASES[5], CASES[10], CASES[12], IN_TURNS[0], *IN_CHUNKS[:2])
+INTERPRETED = (
+    CASES[10],
+    CASES[12],
+    IN_TURNS[0],
+    IN_CHUNKS[1],
+    Case(((9, 30), (1, 64)), top_k=8, heads=2, dim=4, values=(-1.0, 0.0, 1.0)),
+)
 ON_DEVICE = (
     *CASES,
     *IN_TURNS,

@@ -15,18 +15,18 @@ OPERATIONS = (
     "latent_attention",
     "linear",
     "mla_attention",
-    "norm_and_rotate",
     "ragged_paged_attention",
-    "read_streams",
     "rotate_and_write",
     "route_experts",
     "select_tokens",
-    "sparse_mla_attention",
 )
+SLOW = ("norm_and_rotate", "read_streams", "sparse_mla_attention")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    "operation", [*OPERATIONS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_interpreted(operation: str) -> None:
     cases = importlib.import_module(f"tests.pallas_kernels.test_{operation}").INTERPRETED
     done = subprocess.run(
