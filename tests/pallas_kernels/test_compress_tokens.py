@@ -162,6 +162,11 @@ def check(backend: ModuleType, size: tuple[int, int]) -> None:
     for _ in range(length):
         alone.step([1], is_decode=True, padding=0)
     check_equal(alone.entries[0], whole.entries[0])
+    # Two groups in a step that goes on from a finished one.
+    aligned = Batch([draw(3 * r, halves)], r, backend)
+    aligned.step([r])
+    aligned.step([2 * r])
+    aligned.check()
 
 
 def check_equal(got: list[np.ndarray], expected: list[np.ndarray]) -> None:
