@@ -16,7 +16,7 @@ from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_HEADS, MAX_DIM, MAX_TOP_K = 128, 256, 4096
-FEW_TOKENS = 64  # as many are scored one by one, each by programs of its own
+FEW_TOKENS = 64  # as many are scored one by one, as those of a decode step are
 TILE_QUERIES = 16  # of a longer step's tiles, which read a key once
 MAX_RANKS = 1 << 24  # that wait in memory at a time, 64 MiB
 MAX_PLACED = 4096  # ranks that are placed at a time
@@ -85,7 +85,7 @@ def select_tokens(
     if J > MAX_HEADS or X > MAX_DIM or k > MAX_TOP_K:
         raise NotImplementedError(f"{J} heads of {X}, the best {k}")
     require_cuda()
-    size = 1 if T <= FEW_TOKENS else TILE_QUERIES
+    size = 1 if T <= max(FEW_TOKENS, page_table_SM.shape[0]) else TILE_QUERIES
     tiles_W4 = plan_tiles(cu_q_lens_S1, kv_lens_S, num_seqs, num_tokens=T, size=size)
     at_once = max(1, min(tiles_W4.shape[0], MAX_RANKS // (size * length)))
 
