@@ -99,10 +99,10 @@ class Row:
         return len(self.positions[0]) in (WITH_REFERENCE, PREFILL)
 
 
-def v4() -> None:
+def v4(tables: Sequence[Callable[[], Iterator[Row]]]) -> None:
     with ThreadPoolExecutor(NUM_COMPILERS) as pool:
-        for table in (selection, attention, compression, streams, experts):
-            with reported(table.__name__):
+        for table in tables:
+            with reported(repr(table)):
                 jobs = []
                 for row in table():
                     with reported(row.name):

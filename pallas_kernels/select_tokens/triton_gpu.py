@@ -85,7 +85,8 @@ def select_tokens(
     if J > MAX_HEADS or X > MAX_DIM or k > MAX_TOP_K:
         raise NotImplementedError(f"{J} heads of {X}, the best {k}")
     require_cuda()
-    size = 1 if T <= max(FEW_TOKENS, page_table_SM.shape[0]) else TILE_QUERIES
+    few = max(FEW_TOKENS, page_table_SM.shape[0])
+    size = TILE_QUERIES if few < T else 1
     tiles_W4 = plan_tiles(cu_q_lens_S1, kv_lens_S, num_seqs, num_tokens=T, size=size)
     at_once = max(1, min(tiles_W4.shape[0], MAX_RANKS // (size * length)))
 
