@@ -110,7 +110,7 @@ def attend_token(
     second_count = tl.load(second_counts_ptr + token) if SECOND_WIDTH > 0 else 0
     first_blocks = tl.cdiv(first_count, BLOCK)
     num_blocks = first_blocks + tl.cdiv(second_count, BLOCK)
-    share = tl.maximum(tl.cdiv(num_blocks, SPLITS), MIN_BLOCKS if SPLITS > 1 else 1)
+    share = tl.maximum(tl.cdiv(num_blocks, SPLITS), MIN_BLOCKS)
     begin = split * share
     end = tl.minimum(begin + share, num_blocks)
     # Few enough for 32 bits: with all their heads they fill the device once.
