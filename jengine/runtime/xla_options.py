@@ -16,7 +16,7 @@ _GPU: Options = {
         "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
     ),
     "xla_gpu_graph_min_graph_size": 1,
-    "xla_disable_hlo_passes": "rematerialization",
+    "xla_disable_hlo_passes": "rematerialization,dot-merger",
 }
 
 
