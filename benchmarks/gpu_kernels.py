@@ -1,6 +1,6 @@
 """Products of few rows, routed experts and attention over latents on a GPU, beside their floors.
 
-    python -m benchmarks.gpu_kernels [products] [experts] [latents]
+    python -m benchmarks.gpu_kernels [products] [experts] [latents] [v4 | v4-selection ...]
 
 Each line is the time of one call among several with weights of their own (nothing stays in the L2
 cache between two), in one CUDA graph: what a call adds to a decode step, its launch included. The
@@ -39,16 +39,20 @@ EXPERTS = {  # (experts, top_k, embed, mlp)
 }
 TOKENS = (1, 8, 64, 256, 1024, 8192)
 LATENTS = ((1, 1024), (64, 1024), (64, 4096), (256, 512))  # 16 heads, entries of 512 and 64
-TABLES = ("products", "experts", "latents")
+TABLES = ("products", "experts", "latents", "v4")
+OF_V4 = ("selection", "attention", "compression", "streams", "experts")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tables", nargs="*", choices=TABLES)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, *(f"v4-{name}" for name in OF_V4)])
     options = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
     for table in options.tables or TABLES:
-        {"products": products, "experts": experts, "latents": latents}[table]()
+        if table.startswith("v4"):
+            v4(OF_V4 if table == "v4" else (table.removeprefix("v4-"),))
+        else:
+            {"products": products, "experts": experts, "latents": latents}[table]()
 
 
 def products() -> None:
@@ -128,6 +132,12 @@ def latents() -> None:
         floor = seqs * context * (C + R) * 2 / BYTES_PER_US
         us = time_calls(run, [(q, p, table_SM, cu, lens) for p in pages])
         print(f"latents {seqs} x {context}: floor {floor:.1f} us, ours {us:.1f}", flush=True)
+
+
+def v4(names: tuple[str, ...]) -> None:
+    from benchmarks import v4_kernels  # which imports this module
+
+    v4_kernels.v4([getattr(v4_kernels, name) for name in names])
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -4,6 +4,7 @@ everything that must not matter.
 """
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -71,7 +72,11 @@ def check(config: EngineConfig, report: Report, seed: int = 0) -> list[Differenc
                 probes = make_probes(rng, info.vocab_size, info.max_model_len)
                 expected = [_answers(llm, [probe])[0] for probe in probes]
             limit = run_config.scheduler.max_num_seqs
-            for condition, answers in _conditions(llm, probes, rng, limit):
+            conditions = _conditions(llm, probes, rng, limit)
+            if run_config is config:
+                repeated = _teacher_forced(llm, probes, expected)
+                conditions = itertools.chain(conditions, [("teacher-forced", repeated)])
+            for condition, answers in conditions:
                 name = f"{engine}, {condition}"
                 differences = list(compare(name, probes, expected, answers))
                 found += differences
@@ -170,6 +175,19 @@ def _conditions(
         answers = _answers(llm, [together[i] for i in order])
         place = {i: answer for i, answer in zip(order, answers, strict=True)}
         yield f"among {number} random companions", [place[i] for i in range(len(probes))]
+
+
+def _teacher_forced(llm: LLM, probes: Sequence[Probe], expected: Sequence[Answer]) -> list[Answer]:
+    """The same answers with the log-probabilities of their tokens from `LLM.logprobs`."""
+    tokens = [[token_id for token_id, _ in answer] for answer in expected]
+    scores = llm.logprobs([(p.token_ids, t) for p, t in zip(probes, tokens, strict=True)])
+    return [
+        [
+            (token_id, {**entries, token_id: float(score)})
+            for (token_id, entries), score in zip(answer, of_answer, strict=True)
+        ]
+        for answer, of_answer in zip(expected, scores, strict=True)
+    ]
 
 
 def _companion(rng: random.Random, llm: LLM) -> Probe:

@@ -61,7 +61,8 @@ def build_forward(spec: StepSpec) -> Callable[[Leaves, jax.Array, jax.Array], ja
             jnp.zeros((num_pages[g], *groups[g].page_shape), jnp.dtype(groups[g].spec.dtype))
             for g in spec.group_of_layer
         )
-        hidden_TD, _ = spec.model(params)(token_ids_T, kv, metadata)
+        with tracing_invariant(spec.batch_invariant):
+            hidden_TD, _ = spec.model(params)(token_ids_T, kv, metadata)
         return hidden_TD
 
     return forward

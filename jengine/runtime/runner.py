@@ -22,6 +22,7 @@ from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
 from jengine.runtime.row_mirror import RowMirror, is_adjusted
 from jengine.runtime.shapes import num_bytes
 from jengine.runtime.step import KV, StepOutput, build_step
+from jengine.runtime.xla_options import any_size_options
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,8 +96,11 @@ class ModelRunner:
         }
         self._scorer = PromptScorer(partial(self._call, SCORE), self.spec.num_logprobs)
 
+        options = any_size_options(blueprint.placement.device.platform, self.spec.batch_invariant)
+
         def on_ranks(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-            return jax.jit(blueprint.placement.on_ranks(function, (self.leaves, 0, 0), 0))
+            on_rank = blueprint.placement.on_ranks(function, (self.leaves, 0, 0), 0)
+            return jax.jit(on_rank, compiler_options=dict(options))
 
         self._forward = on_ranks(build_forward(self.spec))
         self._logprobs = on_ranks(build_logprobs(self.spec))

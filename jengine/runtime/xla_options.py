@@ -16,7 +16,7 @@ _GPU: Options = {
         "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
     ),
     "xla_gpu_graph_min_graph_size": 1,
-    "xla_disable_hlo_passes": "rematerialization",
+    "xla_disable_hlo_passes": "rematerialization,dot-merger",
 }
 
 
@@ -70,6 +70,13 @@ def bucket_options(
     if num_seqs >= (CUBLAS_SEQS if is_decode else 8):
         changes["xla_gpu_enable_triton_gemm"] = False
     return options | changes
+
+
+def any_size_options(platform: str, is_batch_invariant: bool) -> Options:
+    """For a program that is traced anew for each number of tokens (`runtime/forward.py`)."""
+    if platform not in GPU_PLATFORMS or not is_batch_invariant:
+        return {}
+    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 def measuring_options(platform: str, user_flags: str = "") -> Options:

@@ -11,13 +11,13 @@ second ones into that of its own; the two softmaxes are joined: an entry takes i
 
 import jax
 
-from jengine.pallas_kernels.compress_tokens import reference
+from jengine.pallas_kernels.compress_tokens import reference, triton_gpu
 from jengine.pallas_kernels.compress_tokens.pieces import Pieces, cut_into_pieces
 from jengine.pallas_kernels.dispatch import first_of
 
 __all__ = ["Pieces", "compress_tokens", "cut_into_pieces", "state_size"]
 
-_compress = first_of(reference.compress_tokens)
+_compress = first_of(triton_gpu.compress_tokens, reference.compress_tokens)
 
 
 def compress_tokens(

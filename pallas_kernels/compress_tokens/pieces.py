@@ -46,7 +46,9 @@ def cut_into_pieces(
         # A sequence's tokens touch one group each at most, and two more than they fill.
         G = min(num_tokens, num_tokens // r + 2 * S)
         piece_G = jnp.arange(G, dtype=jnp.int32)
-        seq_G = jnp.minimum(jnp.searchsorted(stops_S, piece_G, side="right"), S - 1)
+        seq_G = jnp.minimum(
+            jnp.searchsorted(stops_S, piece_G, side="right", method="compare_all"), S - 1
+        )
         seq_G = seq_G.astype(jnp.int32)
         nth_G = piece_G - (stops_S - num_S)[seq_G]
         last_piece_S = jnp.maximum(stops_S - 1, 0)

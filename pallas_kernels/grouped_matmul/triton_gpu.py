@@ -80,8 +80,6 @@ def expert_parts(
         raise NotImplementedError(f"{dtype} times {gate_up_EFD.dtype} and {down_EDF.dtype}")
     if D % UNIT or F % UNIT:
         raise NotImplementedError(f"widths {D}, {F}: must be multiples of {UNIT}")
-    if activation is not None and activation.up_offset != 1.0:
-        raise NotImplementedError(f"{activation}: the kernel adds 1 to up")
     require_cuda()
     from jengine.pallas_kernels.grouped_matmul.triton_kernels import (
         down_of_experts,
@@ -110,6 +108,7 @@ def expert_parts(
             "STAGES": tile.schedule.num_stages, "HAS_BIAS": gate_up_bias_EF is not None,
             "ALPHA": 0.0 if activation is None else float(activation.alpha),
             "LIMIT": 0.0 if activation is None else float(activation.limit),
+            "UP_OFFSET": 0.0 if activation is None else float(activation.up_offset),
             "PRECISION": precision,
         },
         schedule=tile.schedule,

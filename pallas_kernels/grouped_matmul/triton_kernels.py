@@ -75,8 +75,9 @@ def gate_up_of_experts(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ALPHA: tl.constexpr,  # 0: SwiGLU; else gpt-oss's, clamped
+    ALPHA: tl.constexpr,  # 0: SwiGLU; else `ClampedSwiGLU`
     LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A tile of [BF weights of gate and of up, ROWS pairs]: weights are the rows of the matrix
@@ -115,7 +116,7 @@ def gate_up_of_experts(
     else:
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-        product = (up + 1.0) * gate / (1.0 + tl.exp(-ALPHA * gate))
+        product = (up + UP_OFFSET) * gate / (1.0 + tl.exp(-ALPHA * gate))
     out_at = out_ptr + place.to(tl.int64)[None, :] * F + f[:, None]
     tl.store(out_at, product.to(DTYPE), mask=in_f[:, None] & is_pair[None, :])
 

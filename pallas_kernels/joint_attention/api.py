@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import jax
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.joint_attention import reference
+from jengine.pallas_kernels.joint_attention import reference, triton_gpu
 
-_attention = first_of(reference.joint_attention)
+_attention = first_of(triton_gpu.joint_attention, reference.joint_attention)
 
 
 def joint_attention(

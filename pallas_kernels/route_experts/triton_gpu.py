@@ -26,8 +26,6 @@ def route_grouped(
     T, E = logits_TE.shape
     if routing.top_groups < routing.num_groups or E > MAX_EXPERTS or logits_TE.dtype != jnp.float32:
         raise NotImplementedError(f"{routing.num_groups} groups, {E} experts")
-    if routing.scoring == "sqrtsoftplus":
-        raise NotImplementedError("the kernel scores by softmax or sigmoid")
     require_cuda()
     from jengine.pallas_kernels.route_experts.triton_kernels import choose_experts
 
@@ -44,7 +42,7 @@ def route_grouped(
             "EP": 1 << (E - 1).bit_length(),
             "TOP_K": top_k,
             "KP": 1 << (top_k - 1).bit_length(),
-            "SIGMOID": routing.scoring == "sigmoid",
+            "SCORING": routing.scoring,
             "HAS_BIAS": bias_E is not None,
             "RENORMALISE": renormalise,
             "SCALE": float(routing.scale),

@@ -15,7 +15,7 @@ def choose_experts(
     EP: tl.constexpr,  # E, rounded up to a power of two
     TOP_K: tl.constexpr,
     KP: tl.constexpr,  # TOP_K, rounded up to a power of two
-    SIGMOID: tl.constexpr,  # scores; else softmax
+    SCORING: tl.constexpr,  # "softmax", "sigmoid" or "sqrtsoftplus"
     HAS_BIAS: tl.constexpr,
     RENORMALISE: tl.constexpr,
     SCALE: tl.constexpr,
@@ -25,12 +25,14 @@ def choose_experts(
     expert = tl.arange(0, EP)
     is_expert = expert < E
     logits = tl.load(logits_ptr + row * E + expert, mask=is_expert, other=-float("inf"))
-    if SIGMOID:
+    if SCORING == "sigmoid":
         scores = 1.0 / (1.0 + tl.exp(-logits))
+    elif SCORING == "sqrtsoftplus":
+        scores = tl.sqrt(softplus(logits))
     else:
         scores = tl.exp(logits - tl.max(logits, 0))
         scores = scores / tl.sum(scores, 0)
-    choice = scores if SIGMOID or HAS_BIAS else logits
+    choice = logits if SCORING == "softmax" and not HAS_BIAS else scores
     if HAS_BIAS:
         choice += tl.load(bias_ptr + expert, mask=is_expert, other=0.0)
     choice = tl.where(is_expert, choice, -float("inf"))
@@ -47,3 +49,15 @@ def choose_experts(
         weights = weights / (tl.sum(weights, 0) + 1e-20)
     tl.store(ids_ptr + row * TOP_K + place, ids, mask=place < TOP_K)
     tl.store(weights_ptr + row * TOP_K + place, weights * SCALE, mask=place < TOP_K)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), exact to the last bits where exp(x) is small beside 1 as well."""
+    power = tl.exp(-tl.abs(x))
+    more = 1.0 + power
+    # What the sum has lost of the power, the quotient puts back.
+    log = tl.where(
+        more == 1.0, power, tl.log(more) * (power / tl.where(more == 1.0, 1.0, more - 1.0))
+    )
+    return tl.maximum(x, 0.0) + log

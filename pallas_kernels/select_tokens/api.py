@@ -5,9 +5,9 @@ DeepSeek-V3.2, arXiv:2512.02556): those whose index keys score highest.
 import jax
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.select_tokens import reference
+from jengine.pallas_kernels.select_tokens import reference, triton_gpu
 
-_select = first_of(reference.select_tokens)
+_select = first_of(triton_gpu.select_tokens, reference.select_tokens)
 
 
 def select_tokens(

@@ -3,9 +3,9 @@
 import jax
 
 from jengine.pallas_kernels.dispatch import first_of
-from jengine.pallas_kernels.sparse_mla_attention import reference
+from jengine.pallas_kernels.sparse_mla_attention import reference, triton_gpu
 
-_attention = first_of(reference.sparse_mla_attention)
+_attention = first_of(triton_gpu.sparse_mla_attention, reference.sparse_mla_attention)
 
 
 def sparse_mla_attention(

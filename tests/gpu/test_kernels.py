@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from tests.pallas_kernels.test_triton import OPERATIONS
+from tests.pallas_kernels.test_triton import OPERATIONS, SLOW
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", [*OPERATIONS, *SLOW])
 def test_on_the_device(operation: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.on_device", operation],

@@ -134,7 +134,7 @@ def test_experts(
     constants = {
         "D": embed, "F": mlp, "TOP_K": top_k, "BF": tile.outputs, "ROWS": rows, "BK": tile.depth,
         "STAGES": tile.schedule.num_stages, "HAS_BIAS": True, "PRECISION": "ieee",
-    } | ({"T": tokens} if is_down else {"ALPHA": 1.7, "LIMIT": 7.0})  # fmt: skip
+    } | ({"T": tokens} if is_down else {"ALPHA": 1.7, "LIMIT": 7.0, "UP_OFFSET": 1.0})  # fmt: skip
     data, index = "*bf16", "*i32"
     pointers = (
         (data, data, data, "*fp32", index, index, index, "*fp32")

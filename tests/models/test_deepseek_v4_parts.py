@@ -7,8 +7,9 @@ import pytest
 
 from jengine.layers.rope import RopeTable, rope_cos_sin
 from jengine.models.deepseek_v4.config import HyperConfig
-from jengine.models.deepseek_v4.hyper_connections import Mixing, sinkhorn
+from jengine.models.deepseek_v4.hyper_connections import Mixing
 from jengine.models.deepseek_v4.rotary import inverse, rotate_tail
+from jengine.pallas_kernels.read_streams.reference import sinkhorn
 
 ROPE = RopeTable(tuple(float(x) for x in 10000.0 ** -(np.arange(4) / 4)))
 
@@ -27,7 +28,7 @@ def sinkhorn_float64(numbers: np.ndarray, rounds: int, eps: float) -> np.ndarray
 def test_sinkhorn_equals_float64(hyper: HyperConfig) -> None:
     c = hyper.num_streams
     numbers = 2 * np.random.default_rng(0).standard_normal((33, c, c), np.float32)
-    mixed = jax.jit(lambda x: sinkhorn(x, hyper))
+    mixed = jax.jit(lambda x: sinkhorn(x, hyper.sinkhorn_iters, hyper.eps))
     out = np.asarray(mixed(numbers))
     expected = sinkhorn_float64(numbers.astype(np.float64), hyper.sinkhorn_iters, hyper.eps)
     np.testing.assert_allclose(out, expected, atol=1e-6)

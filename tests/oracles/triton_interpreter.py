@@ -40,7 +40,7 @@ def run_interpreted(
                 results.append(tensors[input_of[j]])
             else:
                 poison = np.nan if jnp.issubdtype(out.dtype, jnp.floating) else -77
-                results.append(_to_torch(np.full(out.shape, poison, out.dtype)))
+                results.append(_to_torch(np.full(out.shape, poison).astype(out.dtype)))
         kernel[grid](*tensors, *results, **constants)
         return [_to_numpy(t, out.dtype) for t, out in zip(results, outputs, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Runs an operation's cases through its Triton kernels on a CPU: `python -m` this, OPERATION.
+"""Runs an operation's cases through its Triton kernels on a CPU: `python -m` this, OPERATION ...
 
 A process of its own: Triton decides when it is imported whether it interprets.
 """
@@ -14,15 +14,17 @@ from jengine.pallas_kernels.platform import tracing_for
 from jengine.pallas_kernels.triton_call import interpreted_by
 
 
-def main(operation: str) -> None:
+def main(*operations: str) -> None:
     jax.config.update("jax_platforms", "cpu")
-    backend = importlib.import_module(f"jengine.pallas_kernels.{operation}.triton_gpu")
-    test = importlib.import_module(f"tests.pallas_kernels.test_{operation}")
-    with tracing_for("cuda"), interpreted_by(run_interpreted):
-        for case in test.INTERPRETED:
-            test.check(backend, case)
-            print("ok", flush=True)
+    for operation in operations:
+        backend = importlib.import_module(f"jengine.pallas_kernels.{operation}.triton_gpu")
+        test = importlib.import_module(f"tests.pallas_kernels.test_{operation}")
+        print(operation)
+        with tracing_for("cuda"), interpreted_by(run_interpreted):
+            for case in test.INTERPRETED:
+                test.check(backend, case)
+                print("ok", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jengine.pallas_kernels.compress_tokens.pieces import cut_into_pieces
 H = 5
 SIZES = ((4, 2), (4, 1), (3, 2), (128, 1))  # tokens an entry, halves
 TOLERANCE = 1e-5
+INTERPRETED = ((4, 2),)
+ON_DEVICE = SIZES
 
 
 def draw(length: int, halves: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -44,10 +47,18 @@ def entries_float64(values: np.ndarray, scores: np.ndarray, r: int) -> np.ndarra
 class Batch:
     """Sequences whose steps are chosen by the test. Unused states hold NaN."""
 
-    def __init__(self, texts: Sequence[tuple[np.ndarray, np.ndarray]], r: int) -> None:
-        self.texts, self.r = texts, r
+    def __init__(
+        self,
+        texts: Sequence[tuple[np.ndarray, np.ndarray]],
+        r: int,
+        backend: ModuleType = reference,
+        *,
+        moves: bool = True,
+    ) -> None:
+        self.texts, self.r, self.backend = texts, r, backend
         halves = texts[0][0].shape[1]
-        # Page 0 is null; sequence s takes turns in two pages of its own.
+        # Page 0 is null; sequence s takes turns in two pages of its own, or stays in one.
+        self.moves = moves
         self.states = jnp.full((1 + 2 * len(texts), state_size(halves, H)), jnp.nan)
         self.done = [0] * len(texts)
         self.entries: list[list[np.ndarray]] = [[] for _ in texts]
@@ -70,7 +81,7 @@ class Batch:
         lens = [*sizes, *[0] * spare]
         kv_lens = np.array([d + n for d, n in zip(self.done, sizes, strict=True)] + [0] * spare)
         cu = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
-        turn = self.num_steps % 2
+        turn = self.num_steps % 2 if self.moves else 0
         slots = np.full((2, len(lens)), -1, np.int32)
         for s, (done, n) in enumerate(zip(self.done, sizes, strict=True)):
             if n:
@@ -78,7 +89,7 @@ class Batch:
                 slots[1, s] = 1 + 2 * s + turn
         out, pieces, self.states = compress(
             values, scores, self.states, slots, cu, kv_lens.astype(np.int32),
-            r=self.r, is_decode=is_decode,
+            r=self.r, is_decode=is_decode, backend=self.backend,
         )  # fmt: skip
         out, pieces = np.asarray(out), jax.tree.map(np.asarray, pieces)
         for g in np.flatnonzero(pieces.last_row >= 0):
@@ -104,10 +115,10 @@ class Batch:
                 np.testing.assert_allclose(np.stack(entries), expected, atol=TOLERANCE)
 
 
-@partial(jax.jit, static_argnames=("r", "is_decode"))
-def compress(values, scores, states, slots, cu, kv_lens, *, r, is_decode):
+@partial(jax.jit, static_argnames=("r", "is_decode", "backend"))
+def compress(values, scores, states, slots, cu, kv_lens, *, r, is_decode, backend):
     pieces = cut_into_pieces(cu, kv_lens, len(values), r, is_decode=is_decode)
-    out, states = reference.compress_tokens(
+    out, states = backend.compress_tokens(
         values, scores, states, slots, pieces, is_decode=is_decode
     )
     return out, pieces, states
@@ -124,13 +135,18 @@ def test_every_length_at_once(r: int, halves: int) -> None:
 
 @pytest.mark.parametrize(("r", "halves"), SIZES, ids=str)
 def test_an_entry_has_the_same_bits_however_it_was_cut(r: int, halves: int) -> None:
+    check(reference, (r, halves))
+
+
+def check(backend: ModuleType, size: tuple[int, int]) -> None:
     """Steps that end anywhere, among neighbours that go another pace; then tokens one by one."""
+    r, halves = size
     length = 2 * r + 2
     texts = [draw(length, halves, seed) for seed in range(3)]
-    whole = Batch(texts, r)
+    whole = Batch(texts, r, backend)
     whole.step([length] * 3)
     whole.check()
-    cut = Batch(texts, r)
+    cut = Batch(texts, r, backend)
     for sizes in ([1, r - 1, 2], [r, 2, 0], [0, r - 2, r]):
         cut.step(sizes)
     while any(left := [min(1, length - done) for done in cut.done]):
@@ -142,10 +158,15 @@ def test_an_entry_has_the_same_bits_however_it_was_cut(r: int, halves: int) -> N
     assert cut.done == [length] * 3
     for got, expected in zip(cut.entries, whole.entries, strict=True):
         check_equal(got, expected)
-    alone = Batch(texts[:1], r)
+    alone = Batch(texts[:1], r, backend, moves=False)
     for _ in range(length):
         alone.step([1], is_decode=True, padding=0)
     check_equal(alone.entries[0], whole.entries[0])
+    # Two groups in a step that goes on from a finished one.
+    aligned = Batch([draw(3 * r, halves)], r, backend)
+    aligned.step([r])
+    aligned.step([2 * r])
+    aligned.check()
 
 
 def check_equal(got: list[np.ndarray], expected: list[np.ndarray]) -> None:

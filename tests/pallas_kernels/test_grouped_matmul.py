@@ -213,7 +213,8 @@ def test_the_loop_runs_once_for_each_expert_touched() -> None:
 
 
 def check(backend: ModuleType, case: Case) -> None:
-    """The back end's own, with padding, an untouched expert of NaN, and all that gpt-oss adds."""
+    """The back end's own, with padding, an untouched expert of NaN, and what gpt-oss and
+    DeepSeek-V4 have instead of SwiGLU."""
     x, ids, weights, gate_up, down = arguments(case)
     num_tokens = case.tokens - case.tokens // 3
     rng = np.random.default_rng(5)
@@ -224,7 +225,7 @@ def check(backend: ModuleType, case: Case) -> None:
     poisoned = gate_up.copy()
     poisoned[np.setdiff1d(np.arange(case.experts), ids[:num_tokens])] = np.nan
     call = jax.jit(backend.expert_parts, static_argnames=("activation", "num_experts"))
-    for activation, bias in ((None, (None, None)), (CLAMPED, biases)):
+    for activation, bias in ((None, (None, None)), (CLAMPED, biases), (CLAMPED_ONLY, biases)):
         parts = call(
             x, ids, weights, poisoned, down, num_tokens=jnp.int32(num_tokens),
             gate_up_bias_EF=bias[0], down_bias_ED=bias[1], activation=activation,
@@ -232,7 +233,7 @@ def check(backend: ModuleType, case: Case) -> None:
         out = np.asarray(parts).astype(np.float64).sum(0)[:num_tokens]
         expected = float64(
             x, ids, weights, gate_up, down, *bias,
-            product=silu_product if activation is None else clamped_product,
+            product=PRODUCTS[activation],
         )[:num_tokens]  # fmt: skip
         # As above; one rounding more where summands are rounded.
         tolerance = 4 * EPS[case.dtype] * case.top_k**0.5 + 8 * EPS["float32"] * case.embed

@@ -3,22 +3,51 @@ and its independence of chunks and neighbours.
 """
 
 from dataclasses import replace
+from types import ModuleType
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jengine.pallas_kernels.select_tokens import reference
+from jengine.pallas_kernels.select_tokens import reference, triton_gpu
 from jengine.pallas_kernels.select_tokens.cases import CASES, Case, Inputs
 
 SCALE = 0.25
 EPS = 2.0**-23
+# One tile at a time, as few are where the ranks of all would take too much memory.
+IN_TURNS = (
+    Case(((5, 30), (1, 40)), top_k=3, tokens_per_entry=4),
+    Case(((130, 300), (3, 90), (1, 200)), top_k=24),
+)
+# Contexts in chunks, one of them shorter than k; equal scores across chunks.
+IN_CHUNKS = (
+    Case(((1, 9000), (1, 3)), top_k=16, heads=1, dim=2),
+    Case(((1, 9000), (1, 4100)), top_k=200, heads=2, dim=2, values=(-1.0, 0.0, 1.0)),
+    Case(((1, 9000),), top_k=1000, heads=1, dim=2, values=(0.0,)),
+)
+INTERPRETED = (
+    CASES[10],
+    CASES[12],
+    IN_TURNS[0],
+    IN_CHUNKS[1],
+    Case(((9, 30), (1, 64)), top_k=8, heads=2, dim=4, values=(-1.0, 0.0, 1.0)),
+)
+ON_DEVICE = (
+    *CASES,
+    *IN_TURNS,
+    *IN_CHUNKS,
+    # DeepSeek-V4's sizes, V3.2's, and a context of four chunks
+    Case(((70, 9000), (1, 40000)), 512, 64, 128, 512, 32, "bfloat16", "bfloat16", (), 4),
+    Case(((2, 3000), (1, 9000)), 2048, 64, 128, 576, 16, "bfloat16", "bfloat16"),
+    Case(((1, 140000),), 512, 4, 16, 0, 32, "bfloat16", "bfloat16", (-1.0, 0.0, 1.0), 4),
+)
 
 
-def run(case: Case, inputs: Inputs) -> np.ndarray:
+def run(case: Case, inputs: Inputs, backend: ModuleType = reference) -> np.ndarray:
     def select(q, weights, pages, table, cu, kv_lens, num_seqs):
-        return reference.select_tokens(
+        return backend.select_tokens(
             q, weights, pages, table, cu, kv_lens, num_seqs, top_k=case.top_k, scale=SCALE,
             tokens_per_entry=case.tokens_per_entry,
         )  # fmt: skip
@@ -69,8 +98,14 @@ def check_token(
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_best_scores_in_order_of_positions(case: Case) -> None:
+    check(reference, case)
+
+
+def check(backend: ModuleType, case: Case) -> None:
     inputs = case.build()
-    slots = run(case, inputs)
+    size, small = ("MAX_RANKS", 1) if case in IN_TURNS else ("MAX_PLACED", 512)
+    with mock.patch.object(triton_gpu, size, small):  # the reference does not look at it
+        slots = run(case, inputs, backend)
     capacity = inputs.page_table_SM.shape[1] * case.page_size
     assert slots.shape == (len(inputs.q_TJX), min(case.top_k, capacity))
     for s, (new, length) in enumerate(case.lens):

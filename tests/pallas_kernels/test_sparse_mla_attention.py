@@ -3,6 +3,7 @@ invariance.
 """
 
 from dataclasses import replace
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,18 @@ from jengine.pallas_kernels.sparse_mla_attention.cases import CASES, Case, Input
 
 EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
 SCALE = 0.1
+# Widths that the Triton kernels take: without splits, and in several.
+INTERPRETED = (
+    CASES[1],
+    CASES[3],
+    Case((300, 20), 700, heads=20, value_dim=64, rope_dim=16, padding_tokens=1),
+)
+ON_DEVICE = (CASES[0], CASES[2], *CASES[5:], Case((2048, 5), 2048, 128, 512, 64, 128, 16, 200))
 
 
-def run(case: Case, inputs: Inputs) -> np.ndarray:
+def run(case: Case, inputs: Inputs, backend: ModuleType = reference) -> np.ndarray:
     def attend(q, pages, slots, num_tokens):
-        return reference.sparse_mla_attention(
+        return backend.sparse_mla_attention(
             q, pages, slots, num_tokens, value_dim=case.value_dim, scale=SCALE
         )
 
@@ -49,8 +57,12 @@ def attend_float64(case: Case, inputs: Inputs) -> np.ndarray:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_float64(case: Case) -> None:
+    check(reference, case)
+
+
+def check(backend: ModuleType, case: Case) -> None:
     inputs = case.build()
-    out = run(case, inputs)
+    out = run(case, inputs, backend)
     used = len(case.counts)
     expected = attend_float64(case, inputs)[:used]
     # As for `mla_attention`: both bfloat16, probabilities are rounded to bfloat16 too.

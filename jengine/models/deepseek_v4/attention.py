@@ -20,7 +20,7 @@ from jengine.pallas_kernels.compress_tokens import compress_tokens
 from jengine.pallas_kernels.joint_attention import joint_attention
 from jengine.pallas_kernels.latent_write.api import latent_write
 from jengine.pallas_kernels.linear_heads.api import linear_heads
-from jengine.pallas_kernels.rms_norm.api import rms_norm
+from jengine.pallas_kernels.norm_and_rotate.api import norm_and_rotate
 
 
 class CompressedAttention(nnx.Module):
@@ -87,16 +87,9 @@ class CompressedAttention(nnx.Module):
 
     def queries(self, latent_TR: jax.Array, rotation: Rotation, num_tokens: jax.Array) -> jax.Array:
         """[T, N, H]: every head of length sqrt(H), then rotated."""
-        rows = self.wq_b(latent_TR, num_tokens).reshape(-1, self.head_dim)
-        ones_H = jnp.ones((self.head_dim,), jnp.float32)
-        unit = rms_norm(
-            rows.astype(jnp.float32),
-            ones_H,
-            eps=self.norm_eps,
-            num_tokens=num_tokens * self.num_heads,
-        )
-        q_TNH = unit.astype(latent_TR.dtype).reshape(-1, self.num_heads, self.head_dim)
-        return rotate_tail(q_TNH, rotation)
+        q_TX = self.wq_b(latent_TR, num_tokens)
+        q_TNH = q_TX.reshape(-1, self.num_heads, self.head_dim)
+        return norm_and_rotate(q_TNH, *rotation, num_tokens, eps=self.norm_eps)
 
     def vectors(self, x_TD: jax.Array, rotation: Rotation, num_tokens: jax.Array) -> jax.Array:
         """[T, H]: what the window keeps of each token."""

@@ -51,11 +51,11 @@ class DeepseekV4Layer(nnx.Module):
     ) -> jax.Array:
         """The streams after the layer. Replaces its arrays in `kv`."""
         num_tokens = context.metadata.num_tokens
-        x_TD, mixing = self.attn_hc.read(streams_TCD, num_tokens)
-        y_TD = self.attn(self.attn_norm(x_TD, num_tokens), kv, context)
+        x_TD, mixing = self.attn_hc.read(streams_TCD, self.attn_norm, num_tokens)
+        y_TD = self.attn(x_TD, kv, context)
         streams_TCD = mixing.join(y_TD, streams_TCD)
-        x_TD, mixing = self.ffn_hc.read(streams_TCD, num_tokens)
-        y_TD = self.ffn(self.ffn_norm(x_TD, num_tokens), token_ids_T, num_tokens)
+        x_TD, mixing = self.ffn_hc.read(streams_TCD, self.ffn_norm, num_tokens)
+        y_TD = self.ffn(x_TD, token_ids_T, num_tokens)
         return mixing.join(y_TD, streams_TCD)
 
 
