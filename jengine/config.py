@@ -269,6 +269,11 @@ class EngineConfig:
                 f"tensor_parallel_size ({parallel.tensor_parallel_size})"
             )
         _check_eplb(parallel)
+        if self.batch_invariant and parallel.enable_eplb:
+            raise ValueError(
+                "batch_invariant: cannot be promised with enable_eplb: sums are formed of other "
+                "parts when experts move"
+            )
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> Self:

@@ -156,6 +156,7 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         (dict(ep2, num_redundant_experts=2), "num_redundant_experts needs enable_eplb"),
         (dict(ep2, enable_eplb=True, eplb_config={"window_size": 5000}), r"window_size \(5000\)"),
         (dict(ep2, enable_eplb=True, num_redundant_experts=-1), "must be >= 0"),
+        (dict(ep2, enable_eplb=True, batch_invariant=True), "promised with enable_eplb"),
     ):
         with pytest.raises(ValueError, match=message):
             EngineConfig.from_kwargs("m", **options)
