@@ -65,7 +65,7 @@ def command(
 
 @contextmanager
 def gang(
-    folder: Path, tmp: Path, size: int, hosts: Sequence["Host"] = ()
+    folder: Path, tmp: Path, size: int, hosts: Sequence["Host"] = (), more: Sequence[str] = ()
 ) -> Iterator[tuple[list[Process], str]]:
     """Processes of one engine, and the leader's URL. Whatever is left is killed at the end."""
     port, http = free_port(), free_port()
@@ -83,7 +83,7 @@ def gang(
             log = tmp / f"rank{rank}.log"
             with log.open("wb") as out:
                 popen = subprocess.Popen(
-                    words, cwd=REPO, env=environment, stdout=out, stderr=out,
+                    [*words, *more], cwd=REPO, env=environment, stdout=out, stderr=out,
                     stdin=subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
             processes.append(Process(popen, log))
@@ -284,3 +284,27 @@ def test_on_two_hosts(folder: Path, alone: list[Any], tmp_path: Path) -> None:
         subprocess.run(links, check=True)
         codes = [process.end(2 * LOST_SECONDS) for process in processes]
         assert all(code not in (0, None) for code in codes), codes
+
+
+@pytest.mark.slow
+def test_experts_move_between_processes(tmp_path: Path) -> None:
+    from tests.oracles.tiny_llama import make_tiny_llama
+
+    make_tiny_llama(
+        tmp_path / "moe", family="Mixtral", num_local_experts=16, num_experts_per_tok=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    balanced = ["--enable-expert-parallel", "--enable-eplb", "--num-redundant-experts", "2"]
+    balanced += [
+        "--eplb-config",
+        '{"window_size": 4, "step_interval": 6, "log_balancedness": true}',
+    ]
+    with gang(tmp_path / "moe", tmp_path, 1) as (processes, url):
+        wait_ready(processes, url)
+        expected = answers(url)
+    with gang(tmp_path / "moe", tmp_path, 2, more=balanced) as (processes, url):
+        wait_ready(processes, url)
+        for _ in range(3):
+            assert answers(url) == expected
+        assert processes[0].log.read_text().count("the busiest rank had") > 2
+        assert all(process.popen.poll() is None for process in processes)
