@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jengine.pallas_kernels.packed import Weight, kernel_arrays, kernel_codes
 from jengine.pallas_kernels.platform import is_hopper
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
@@ -76,9 +77,8 @@ def linear(
     if bias_F is not None or F < MIN_HEAD_OUTPUTS:
         raise NotImplementedError(f"{F} outputs")
     _require_few_rows(x_TD, w_FD, MAX_HEAD_ROWS)
-    return _multiply(x_TD, w_FD, F, head_tiling(*x_TD.shape), 1, gated=False, out_dtype=out_dtype)[
-        0
-    ]
+    tile = head_tiling(*x_TD.shape)
+    return multiply(x_TD, w_FD, F, tile, 1, gated=False, out_dtype=out_dtype)[0]
 
 
 def linear_parts(
@@ -88,7 +88,7 @@ def linear_parts(
     (T, D), F = x_TD.shape, w_FD.shape[0]
     _require_few_rows(x_TD, w_FD, MAX_PARTS_ROWS)
     tile = tiling(T, D)
-    return _multiply(x_TD, w_FD, F, tile, split_count(F, D, tile.depth), gated=False)
+    return multiply(x_TD, w_FD, F, tile, split_count(F, D, tile.depth), gated=False)
 
 
 def silu_linear(
@@ -97,7 +97,7 @@ def silu_linear(
     del num_tokens  # padding rows are computed like the rest
     _require_few_rows(x_TD, w_F2D, MAX_GATED_ROWS)
     F = w_F2D.shape[0] // 2
-    return _multiply(x_TD, w_F2D, F, tiling(*x_TD.shape), 1, gated=True)[0]
+    return multiply(x_TD, w_F2D, F, tiling(*x_TD.shape), 1, gated=True)[0]
 
 
 def _require_few_rows(x_TD: jax.Array, w_FD: jax.Array, max_rows: int) -> None:
@@ -109,24 +109,27 @@ def _require_few_rows(x_TD: jax.Array, w_FD: jax.Array, max_rows: int) -> None:
         raise NotImplementedError("tuned for Hopper")
 
 
-def _multiply(
-    x_TD: jax.Array,
-    w_FD: jax.Array,
+def multiply(
+    x_TX: jax.Array,
+    w_FD: Weight,
     outputs: int,
     tile: Tiling,
     splits: int,
     *,
     gated: bool,
+    heads: int = 1,
     out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """[splits, T, outputs]: summands in float32, or the result in `out_dtype` (that of `x`)."""
+    """[splits, T, outputs]: summands in float32, or the result in `out_dtype` (that of `x`). With
+    `heads` the outputs are those of so many, one after another, and so are the inputs.
+    """
     from jengine.pallas_kernels.linear.triton_kernels import multiply_rows
 
-    T, D = x_TD.shape
-    dtype = jnp.float32 if splits > 1 else out_dtype or x_TD.dtype
+    T, D = x_TX.shape[0], w_FD.shape[1]
+    dtype = jnp.float32 if splits > 1 else out_dtype or x_TX.dtype
     return triton_call(
         multiply_rows,
-        (x_TD, w_FD),
+        (x_TX, *kernel_arrays(w_FD)),
         [jax.ShapeDtypeStruct((splits, T, outputs), dtype)],
         grid=(-(-outputs // tile.outputs) * splits * -(-T // tile.tokens),),
         constants={
@@ -138,7 +141,9 @@ def _multiply(
             "BK": tile.depth,
             "SPLITS": splits,
             "GATED": gated,
+            "HEADS": heads,
             "STAGES": tile.schedule.num_stages,
+            "CODES": kernel_codes(w_FD),
         },
         schedule=tile.schedule,
     )[0]

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -66,6 +67,8 @@ _patch_tensor = interpreter._patch_lang_tensor
 _convert = interpreter._convert_float
 _builder: Any = interpreter.InterpreterBuilder
 _dot = _builder.create_dot
+_semantic: Any = TritonSemantic
+_checked_dot_scaled = _semantic.dot_scaled
 
 
 def _patch_tensor_for_numpy_2_4(tensor: Any, scope: Any) -> None:
@@ -94,6 +97,30 @@ def _dot_bfloat16(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
     return _dot(self, *wide, d, *rest)
 
 
+def _with_constant_formats(
+    self: Any, a: Any, a_scale: Any, a_format: str, b: Any, b_scale: Any, b_format: str, *rest: Any
+) -> Any:
+    """Names of formats are expected as the compiler has them."""
+    formats = tl.constexpr(a_format), tl.constexpr(b_format)
+    return _checked_dot_scaled(self, a, a_scale, formats[0], b, b_scale, formats[1], *rest)
+
+
+def _dot_scaled(
+    self: Any, a: Any, scale: Any, kind: Any, b: Any, b_scale: Any, b_kind: Any, *rest: Any
+) -> Any:
+    """It has none. Codes of FP4 on the left, rounded to bfloat16 as on hardware without them."""
+    _, a_packs_k, _, acc = rest
+    assert a_packs_k and b_scale is None and b.dtype.scalar == tl.bfloat16
+    nibbles = np.stack([a.data & 15, a.data >> 4], axis=-1).reshape(len(a.data), -1)
+    values = nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    powers = np.ldexp(np.float32(1), scale.data.astype(np.int32) - 127)
+    weights = (values * np.repeat(powers, 32, axis=1)).astype(ml_dtypes.bfloat16)
+    handle = interpreter.TensorHandle(weights.view(np.uint16), tl.bfloat16)
+    return _dot_bfloat16(self, handle, b, acc, None, 0)
+
+
 interpreter._patch_lang_tensor = _patch_tensor_for_numpy_2_4
 interpreter._convert_float = _convert_bfloat16
 _builder.create_dot = _dot_bfloat16
+_builder.create_dot_scaled = _dot_scaled
+_semantic.dot_scaled = _with_constant_formats
