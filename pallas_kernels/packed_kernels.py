@@ -9,7 +9,8 @@ def dot_packed(
     acc,  # f32[ROWS, COLUMNS]
     codes_ptr,  # u8[rows, DEPTH / codes per byte]
     scales_ptr,  # [rows, groups of DEPTH]
-    row,  # i64[ROWS]
+    first,  # i64: where rows are counted from, within 2^31 bytes
+    row,  # i32[ROWS]
     is_row,
     x,  # [BK, COLUMNS]: inputs `start:start + BK` of the columns, zeros past DEPTH
     start,  # a multiple of BK
@@ -17,42 +18,54 @@ def dot_packed(
     BK: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """`acc` plus the product of rows of a packed weight with `x`. Weights become bfloat16 (or the
-    dtype of `x`) in registers, exact where scales are powers of two.
+    """`acc` plus the product of rows of a packed weight with `x` in bfloat16. Weights become that
+    in registers, exact where scales are powers of two.
     """
     if CODES == "e2m1":
+        ROWS: tl.constexpr = acc.shape[0]
         BYTES: tl.constexpr = BK // 2
         GROUPS: tl.constexpr = BK // 32
         byte = start // 2 + tl.arange(0, BYTES)
         group = start // 32 + tl.arange(0, GROUPS)
         codes = tl.load(
-            codes_ptr + row[:, None] * (DEPTH // 2) + byte[None, :],
+            codes_ptr + first * (DEPTH // 2) + (row[:, None] * (DEPTH // 2) + byte[None, :]),
             mask=is_row[:, None] & (byte < DEPTH // 2)[None, :],
             other=0,
             eviction_policy="evict_first",
         )
         scales = tl.load(
-            scales_ptr + row[:, None] * (DEPTH // 32) + group[None, :],
+            scales_ptr + first * (DEPTH // 32) + (row[:, None] * (DEPTH // 32) + group[None, :]),
             mask=is_row[:, None] & (group < DEPTH // 32)[None, :],
             other=0,
         )
-        # Triton's own unpacking: a few byte permutations for eight weights.
-        acc = tl.dot_scaled(codes, scales, "e2m1", x, None, "bf16", acc, fast_math=True)
+        # Both codes of a byte in one word, each where bfloat16 has its sign, the end of its
+        # exponent and the start of its fraction: too small by 2^126, subnormal numbers too. In this
+        # form the compiler keeps pairs in a register, from their load to the product, and multiplies
+        # both at once; `tl.dot_scaled` would wait for every `x`.
+        twice = codes.to(tl.uint32) * 0x1001
+        pairs = ((twice << 6) & 0x01C001C0) | ((twice << 12) & 0x80008000)
+        halves = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16))
+        values = halves.reshape([ROWS, BK]).to(tl.bfloat16, bitcast=True)
+        values *= tl.full([], 8.507059173023462e37, tl.bfloat16)  # 2^126
+        bits = tl.maximum(scales.to(tl.uint32) << 7, 1 << 6).to(tl.uint16)  # from 2^-127 on
+        scales = bits.to(tl.bfloat16, bitcast=True)[:, :, None]
+        weights = (values.reshape([ROWS, GROUPS, 32]) * scales).reshape([ROWS, BK])
+        acc = tl.dot(weights, x, acc)
     else:
         tl.static_assert(CODES == "e4m3" and BK <= 128, "a tile is within a group")
         k = start + tl.arange(0, BK)
         codes = tl.load(
-            codes_ptr + row[:, None] * DEPTH + k[None, :],
+            codes_ptr + first * DEPTH + (row[:, None] * DEPTH + k[None, :]),
             mask=is_row[:, None] & (k < DEPTH)[None, :],
             other=0,
             eviction_policy="evict_first",
         )
-        scale = tl.load(
-            scales_ptr + row * ((DEPTH + 127) // 128) + start // 128, mask=is_row, other=0
-        )
+        GROUPS: tl.constexpr = (DEPTH + 127) // 128
+        scale_at = scales_ptr + first * GROUPS + (row * GROUPS + start // 128)
+        scale = tl.load(scale_at, mask=is_row, other=0)
         if scales_ptr.dtype.element_ty == tl.uint8:  # a power of two, by its exponent
             bits = tl.maximum(scale.to(tl.int32) << 23, 1 << 22)
             scale = bits.to(tl.float32, bitcast=True)
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        acc = tl.dot((values * scale[:, None]).to(x.dtype), x, acc)
+        acc = tl.dot((values * scale[:, None]).to(tl.bfloat16), x, acc)
     return acc

@@ -119,9 +119,9 @@ def gate_up_of_experts(
             up = tl.dot(tl.load(up_at, mask=in_f[:, None]), x, up, input_precision=PRECISION)
             gate_at += BK
         else:
-            row = expert * (2 * F) + f
-            gate = dot_packed(gate, w_ptr, scales_ptr, row, in_f, x, start, D, BK, CODES)
-            up = dot_packed(up, w_ptr, scales_ptr, row + F, in_f, x, start, D, BK, CODES)
+            first = expert * (2 * F)
+            gate = dot_packed(gate, w_ptr, scales_ptr, first, f, in_f, x, start, D, BK, CODES)
+            up = dot_packed(up, w_ptr, scales_ptr, first + F, f, in_f, x, start, D, BK, CODES)
         x_at += BK
     if HAS_BIAS:
         bias_at = bias_ptr + expert * (2 * F) + f
@@ -185,8 +185,7 @@ def down_of_experts(
             acc = tl.dot(tl.load(w_at, mask=in_d[:, None]), h, acc, input_precision=PRECISION)
             w_at += BK
         else:
-            row = expert * D + d
-            acc = dot_packed(acc, w_ptr, scales_ptr, row, in_d, h, start, F, BK, CODES)
+            acc = dot_packed(acc, w_ptr, scales_ptr, expert * D, d, in_d, h, start, F, BK, CODES)
         h_at += BK
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * D + d, mask=in_d, other=0.0).to(tl.float32)[:, None]

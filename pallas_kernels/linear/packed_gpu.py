@@ -57,7 +57,7 @@ def linear_parts(
     """`out_dtype`: of a single summand."""
     del num_tokens  # padding rows are computed like the rest
     F, D = w_FD.shape
-    _require(x_TD, D)
+    _require(x_TD, w_FD)
     splits = split_count(F, D, DEPTH)
     return multiply(
         x_TD, w_FD, F, tiling(x_TD.shape[0]), splits, gated=False, out_dtype=out_dtype
@@ -68,16 +68,15 @@ def silu_linear(
     x_TD: jax.Array, w_F2D: PackedWeight, *, num_tokens: jax.Array | None = None
 ) -> jax.Array:
     del num_tokens  # padding rows are computed like the rest
-    F2, D = w_F2D.shape
-    _require(x_TD, D)
-    return multiply(x_TD, w_F2D, F2 // 2, tiling(x_TD.shape[0]), 1, gated=True)[0]
+    _require(x_TD, w_F2D)
+    return multiply(x_TD, w_F2D, w_F2D.shape[0] // 2, tiling(x_TD.shape[0]), 1, gated=True)[0]
 
 
 def linear_heads(x_TNH: jax.Array, w_NFH: PackedWeight, *, num_tokens: jax.Array) -> jax.Array:
     """Heads are rows of one weight that read other inputs."""
     del num_tokens  # padding rows are computed like the rest
     (T, N, H), F = x_TNH.shape, w_NFH.shape[1]
-    _require(x_TNH, H)
+    _require(x_TNH, w_NFH)
     if F % TILE_OUTPUTS:
         raise NotImplementedError(f"heads of {F} outputs: a tile would span two")
     rows = PackedWeight(
@@ -90,7 +89,10 @@ def linear_heads(x_TNH: jax.Array, w_NFH: PackedWeight, *, num_tokens: jax.Array
     return sum_of_parts(parts_PTX, x_TNH.dtype).reshape(T, N, F)
 
 
-def _require(x: jax.Array, depth: int) -> None:
+def _require(x: jax.Array, weight: PackedWeight) -> None:
+    depth = weight.shape[-1]
+    if weight.codes.size >= 1 << 31:
+        raise NotImplementedError(f"a weight of {weight.codes.size} bytes")
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"activations in {x.dtype}")
     if x.shape[0] > MAX_ROWS or depth % DEPTH:

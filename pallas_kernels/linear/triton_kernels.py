@@ -68,12 +68,10 @@ def multiply_rows(
             w_at += BK
         else:
             x = tl.trans(load_rows(x_at, in_t, T % BT == 0, ""))
-            row, first = f.to(tl.int64), split * DEPTH + start
-            acc = dot_packed(acc, w_ptr, scales_ptr, row, in_f, x, first, D, BK, CODES)
+            at = split * DEPTH + start
+            acc = dot_packed(acc, w_ptr, scales_ptr, 0, f, in_f, x, at, D, BK, CODES)
             if GATED:
-                up_acc = dot_packed(
-                    up_acc, w_ptr, scales_ptr, row + F, in_f, x, first, D, BK, CODES
-                )
+                up_acc = dot_packed(up_acc, w_ptr, scales_ptr, F, f, in_f, x, at, D, BK, CODES)
         x_at += BK
     if GATED:
         # Rounded where separate kernels round.

@@ -18,7 +18,6 @@ import ml_dtypes
 import numpy as np
 import torch
 import triton.language as tl
-from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -67,8 +66,7 @@ _patch_tensor = interpreter._patch_lang_tensor
 _convert = interpreter._convert_float
 _builder: Any = interpreter.InterpreterBuilder
 _dot = _builder.create_dot
-_semantic: Any = TritonSemantic
-_checked_dot_scaled = _semantic.dot_scaled
+_multiply = _builder.create_fmul
 
 
 def _patch_tensor_for_numpy_2_4(tensor: Any, scope: Any) -> None:
@@ -97,30 +95,32 @@ def _dot_bfloat16(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
     return _dot(self, *wide, d, *rest)
 
 
-def _with_constant_formats(
-    self: Any, a: Any, a_scale: Any, a_format: str, b: Any, b_scale: Any, b_format: str, *rest: Any
-) -> Any:
-    """Names of formats are expected as the compiler has them."""
-    formats = tl.constexpr(a_format), tl.constexpr(b_format)
-    return _checked_dot_scaled(self, a, a_scale, formats[0], b, b_scale, formats[1], *rest)
+def _multiply_bfloat16(self: Any, a: Any, b: Any) -> Any:
+    """And here."""
+    if a.dtype.scalar != tl.bfloat16:
+        return _multiply(self, a, b)
+    product = (_as_float64(a.data) * _as_float64(b.data)).astype(ml_dtypes.bfloat16)
+    return interpreter.TensorHandle(product.view(np.uint16), tl.bfloat16)
 
 
-def _dot_scaled(
-    self: Any, a: Any, scale: Any, kind: Any, b: Any, b_scale: Any, b_kind: Any, *rest: Any
-) -> Any:
-    """It has none. Codes of FP4 on the left, rounded to bfloat16 as on hardware without them."""
-    _, a_packs_k, _, acc = rest
-    assert a_packs_k and b_scale is None and b.dtype.scalar == tl.bfloat16
-    nibbles = np.stack([a.data & 15, a.data >> 4], axis=-1).reshape(len(a.data), -1)
-    values = nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-    powers = np.ldexp(np.float32(1), scale.data.astype(np.int32) - 127)
-    weights = (values * np.repeat(powers, 32, axis=1)).astype(ml_dtypes.bfloat16)
-    handle = interpreter.TensorHandle(weights.view(np.uint16), tl.bfloat16)
-    return _dot_bfloat16(self, handle, b, acc, None, 0)
+def _bfloat16(self: Any, value: float) -> Any:
+    """It has no such constants."""
+    data = np.array([value], ml_dtypes.bfloat16).view(np.uint16)
+    return interpreter.TensorHandle(data, tl.bfloat16)
+
+
+def _as_float64(bits: np.ndarray) -> np.ndarray:
+    """Of bfloat16, without a float on the way: XLA's threads flush subnormal ones, the hardware does
+    not."""
+    exponent, fraction = (bits >> 7).astype(np.int32) & 0xFF, (bits & 0x7F).astype(np.float64)
+    fraction = np.where(exponent > 0, fraction + 128, fraction)
+    size = np.ldexp(fraction, np.maximum(exponent, 1) - 134)
+    size = np.where(exponent == 255, np.where(fraction > 128, np.nan, np.inf), size)
+    return np.where(bits >> 15, -size, size)
 
 
 interpreter._patch_lang_tensor = _patch_tensor_for_numpy_2_4
 interpreter._convert_float = _convert_bfloat16
 _builder.create_dot = _dot_bfloat16
-_builder.create_dot_scaled = _dot_scaled
-_semantic.dot_scaled = _with_constant_formats
+_builder.create_fmul = _multiply_bfloat16
+_builder.get_bf16 = _bfloat16
