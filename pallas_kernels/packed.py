@@ -60,16 +60,8 @@ class PackedWeight:
         *rows, num_bytes = self.codes.shape
         return (*rows, num_bytes * self.packing.codes_per_byte)
 
-    def split_rows(self, parts: int) -> "PackedWeight":
-        """[parts, out / parts, in] of [out, in]."""
-
-        def split(x: jax.Array) -> jax.Array:
-            return x.reshape(parts, -1, x.shape[-1])
-
-        return PackedWeight(split(self.codes), split(self.scales), self.packing)
-
     def unpacked(self, dtype: DTypeLike) -> jax.Array:
-        """The weight, rounded once: where scales are powers of two exact in bfloat16 and float32."""
+        """The weight, rounded once: where scales are powers of two, exact but in float16."""
         decode = decode_e2m1 if self.packing.codes == "e2m1" else decode_e4m3
         scales, depth = self.scales, self.shape[-1]
         if self.packing.scale_dtype == "uint8":
@@ -79,6 +71,11 @@ class PackedWeight:
 
 
 Weight = jax.Array | PackedWeight  # [..., out, in]
+
+
+def split_rows(weight: Weight, parts: int) -> Weight:
+    """[parts, out / parts, in] of [out, in]."""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[-1]), weight)
 
 
 def unpacked_for(x: jax.Array, weight: PackedWeight) -> tuple[jax.Array, jax.Array]:

@@ -40,8 +40,8 @@ def dot_packed(
         )
         # Both codes of a byte in one word, each where bfloat16 has its sign, the end of its
         # exponent and the start of its fraction: too small by 2^126, subnormal numbers too. In this
-        # form the compiler keeps pairs in a register, from their load to the product, and multiplies
-        # both at once; `tl.dot_scaled` would wait for every `x`.
+        # form the compiler keeps a pair in a register from its load to the product and multiplies
+        # both at once; with `tl.dot_scaled` it would wait for every `x`.
         twice = codes.to(tl.uint32) * 0x1001
         pairs = ((twice << 6) & 0x01C001C0) | ((twice << 12) & 0x80008000)
         halves = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16))

@@ -29,12 +29,13 @@ def expert_parts(
     experts, in the order given, of weight times `silu_mul(x @ gate_up[e].T) @ down[e].T`, with
     biases where given, and `activation` in the place of `silu_mul` if it is.
 
-    `gate_up` is [E, 2 F, D], gate above up; it and `down` may be packed, which gives what it would
-    give unpacked; `weights` are float32; the experts of one token are distinct. The product of gate and up is rounded to the dtype of `x`; the rest is float32, but
-    for summands of many rows, which are rounded. Rows at or past `num_tokens` are padding: they
-    touch no expert, and are unspecified; where there are several summands they may be NaN. The bits
-    of a row depend on that row, its experts and their weights only. The time grows with the experts
-    touched.
+    `gate_up` is [E, 2 F, D], gate above up; `weights` are float32; the experts of one token are
+    distinct. Packed experts count as what they are in the dtype of `x`: no more than a part of one
+    is ever unpacked. The product of gate and up is rounded to the dtype of `x`; the rest is
+    float32, but for summands of many rows, which are rounded. Rows at or past `num_tokens` are
+    padding: they touch no expert, and are unspecified; where there are several summands they may be
+    NaN. The bits of a row depend on that row, its experts and their weights only. The time grows
+    with the experts touched.
 
     If `num_experts` is given, these are a rank's experts of so many: id E stands for any other, as
     often as it likes. Such an expert adds nothing and takes no time.

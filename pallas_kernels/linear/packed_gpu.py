@@ -59,9 +59,7 @@ def linear_parts(
     F, D = w_FD.shape
     _require(x_TD, w_FD)
     splits = split_count(F, D, DEPTH)
-    return multiply(
-        x_TD, w_FD, F, tiling(x_TD.shape[0]), splits, gated=False, out_dtype=out_dtype
-    )
+    return multiply(x_TD, w_FD, F, tiling(x_TD.shape[0]), splits, gated=False, out_dtype=out_dtype)
 
 
 def silu_linear(

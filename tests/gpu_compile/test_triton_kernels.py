@@ -202,9 +202,7 @@ def compile_experts(
         if is_down
         else (data, *weights, data, index, index, index, data)
     )
-    return compile_for_hopper(
-        getattr(triton_kernels, kernel), pointers, constants, tile.schedule
-    )
+    return compile_for_hopper(getattr(triton_kernels, kernel), pointers, constants, tile.schedule)
 
 
 @pytest.mark.parametrize("heads", [16, 32, 128])

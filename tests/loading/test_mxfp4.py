@@ -23,7 +23,7 @@ def test_equals_the_formats_definition() -> None:
     nibbles = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(3, 5, 127, 32)
     exact = nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
     exact *= scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)[..., None]
-    got = dequantise(blocks, scales)
+    got = dequantise(blocks.reshape(3, 5, -1), scales)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, exact.reshape(3, 5, -1).astype(np.float32))
 
@@ -54,13 +54,16 @@ def test_packed_pairs_look_like_one_tensor() -> None:
     assert sorted(source.names()) == ["a", "b", "c_blocks"]
     assert source.shape("a") == (4, 64, 6) and source.shape("b") == (3,)
     whole = source.read("a")
-    np.testing.assert_array_equal(whole, dequantise(blocks, scales).swapaxes(1, 2))
+    np.testing.assert_array_equal(
+        whole, dequantise(blocks.reshape(4, 6, -1), scales).swapaxes(1, 2)
+    )
     np.testing.assert_array_equal(source.read("a", slice(1, 3)), whole[1:3])
     np.testing.assert_array_equal(source.read("a", slice(1, 3), slice(5, 40)), whole[1:3, 5:40])
     np.testing.assert_array_equal(source.read("b"), np.ones(3))
 
 
-def test_gpt_oss_in_mxfp4_matches_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dequantize", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gpt_oss_in_mxfp4_matches_transformers(tmp_path: Path, dequantize: bool) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from safetensors.numpy import load_file, save_file
@@ -93,5 +96,5 @@ def test_gpt_oss_in_mxfp4_matches_transformers(tmp_path: Path) -> None:
     ids = rng.integers(3, 512, 24).tolist()
     with torch.no_grad():
         expected = hf_model(torch.tensor([ids])).logits[0].numpy()
-    driver = Driver(tmp_path, max_model_len=64)
+    driver = Driver(tmp_path, max_model_len=64, dequantize=dequantize)
     assert np.abs(driver.logits(ids, [16, 8]) - expected).max() <= 1e-4

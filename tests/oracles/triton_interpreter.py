@@ -110,8 +110,8 @@ def _bfloat16(self: Any, value: float) -> Any:
 
 
 def _as_float64(bits: np.ndarray) -> np.ndarray:
-    """Of bfloat16, without a float on the way: XLA's threads flush subnormal ones, the hardware does
-    not."""
+    """Of bfloat16, without a float on the way: XLA's threads flush subnormal ones, as the hardware
+    does not."""
     exponent, fraction = (bits >> 7).astype(np.int32) & 0xFF, (bits & 0x7F).astype(np.float64)
     fraction = np.where(exponent > 0, fraction + 128, fraction)
     size = np.ldexp(fraction, np.maximum(exponent, 1) - 134)

@@ -235,9 +235,7 @@ def check(backend: ModuleType, case: Case) -> None:
     else:
         poisoned, given_down = case.build_packed()
         # What kernels multiply by is the bfloat16 nearest to a weight.
-        gate_up, down = (
-            defined_values(w).astype(case.dtype) for w in (poisoned, given_down)
-        )
+        gate_up, down = (defined_values(w).astype(case.dtype) for w in (poisoned, given_down))
         poisoned.scales[untouched] = 255 if case.packing.scale_dtype == "uint8" else np.nan
     call = jax.jit(backend.expert_parts, static_argnames=("activation", "num_experts"))
     for activation, bias in ((None, (None, None)), (CLAMPED, biases)):

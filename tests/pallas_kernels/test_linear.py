@@ -11,7 +11,7 @@ import pytest
 
 from jengine.pallas_kernels.linear import api
 from jengine.pallas_kernels.linear.cases import CASES, Case
-from jengine.pallas_kernels.packed import FP8_BLOCKS, FP8_FLOAT_BLOCKS, MXFP4, Packing
+from jengine.pallas_kernels.packed import FP8_BLOCKS, FP8_FLOAT_BLOCKS, MXFP4, Packing, split_rows
 from jengine.pallas_kernels.packed_cases import defined_values, random_packed
 
 OPERATION = "linear"
@@ -108,7 +108,7 @@ def check_packed(backend: ModuleType, case: tuple[str, int, int, int, Packing]) 
     run = jax.jit(getattr(backend, kind))
 
     def product(x: np.ndarray) -> np.ndarray:
-        given = weight if heads == 1 else weight.split_rows(heads)
+        given = weight if heads == 1 else split_rows(weight, heads)
         inputs = x if heads == 1 else x.reshape(len(x), heads, depth)
         return np.asarray(run(inputs, given, num_tokens=jnp.int32(len(x))), np.float64)
 
@@ -129,9 +129,7 @@ def check_packed(backend: ModuleType, case: tuple[str, int, int, int, Packing]) 
         check_gated(out, expected, noise)
         return
     out = out.sum(0) if kind == "linear_parts" else out
-    np.testing.assert_array_less(
-        np.abs(out - expected), noise + EPS["bfloat16"] * np.abs(expected)
-    )
+    np.testing.assert_array_less(np.abs(out - expected), noise + EPS["bfloat16"] * np.abs(expected))
     for start in range(0, depth, rows):
         one_hot = np.zeros((rows, heads, depth), ml_dtypes.bfloat16)
         k = np.arange(start, min(start + rows, depth))

@@ -9,9 +9,11 @@ from typing import Any, Self
 from jengine.errors import LoadError
 from jengine.layers.rope import RopeTable, build_rope
 from jengine.layers.sparse_mla import IndexConfig
+from jengine.loading.quantization import fp8_packing, quant_method
 from jengine.models.config_fields import ConfigFields
 from jengine.models.sparse import SparseConfig
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
+from jengine.pallas_kernels.packed import MXFP4, Packing
 from jengine.pallas_kernels.route_experts.grouped import GroupedRouting
 
 SPARSE_RATIO = 4  # published layers of this ratio overlap their groups and select among entries
@@ -61,6 +63,7 @@ class DeepseekV4Config(SparseConfig):
     num_hash_layers: int  # so many first layers choose experts by the token's id
     shared_intermediate_size: int
     num_nextn_predict_layers: int  # draft blocks in the checkpoint
+    packing: Packing | None  # of linear maps, but for small ones; None: they are arrays
 
     @classmethod
     def from_hf(
@@ -88,8 +91,10 @@ class DeepseekV4Config(SparseConfig):
             max_model_len=max_model_len,
         )
         limit = float(hf.get("swiglu_limit") or 0.0)
+        packing, experts_packing = _packings(hf)
         moe = dataclasses.replace(
             sparse.moe,
+            packing=experts_packing,
             activation=ClampedSwiGLU(1.0, limit, up_offset=0.0) if limit else None,
             grouped=GroupedRouting(
                 "sqrtsoftplus", scale=float(hf["routed_scaling_factor"]), has_bias=True
@@ -121,6 +126,7 @@ class DeepseekV4Config(SparseConfig):
             num_hash_layers=_num_hash_layers(hf),
             shared_intermediate_size=moe.moe_intermediate_size * fields.integer("n_shared_experts"),
             num_nextn_predict_layers=hf.get("num_nextn_predict_layers") or 0,
+            packing=packing,
         )
         if cfg.num_attention_heads % cfg.o_groups:
             raise LoadError(
@@ -154,6 +160,14 @@ def _check_supported(hf: Mapping[str, Any]) -> None:
         raise LoadError(
             f"config field 'quantization_config' has weight_block_size {block}, not [128, 128]"
         )
+
+
+def _packings(hf: Mapping[str, Any]) -> tuple[Packing | None, Packing | None]:
+    """(of linear maps, of routed experts)."""
+    if quant_method(hf) is None:
+        return None, None
+    packing = fp8_packing(hf)
+    return packing, packing if hf.get("expert_dtype") == "fp8" else MXFP4
 
 
 def _ropes(

@@ -22,8 +22,9 @@ class SharedExpert(nnx.Module):
     def __init__(self, cfg: DeepseekV4Config) -> None:
         D, F = cfg.hidden_size, cfg.shared_intermediate_size
         self.activation = cfg.moe.activation
-        self.gate_up_proj = Linear(D, 2 * F, ("mlp", "embed"), cfg.dtype)
-        self.down_proj = Linear(F, D, ("embed", "mlp"), cfg.dtype)
+        dtype, packing = cfg.dtype, cfg.packing
+        self.gate_up_proj = Linear(D, 2 * F, ("mlp", "embed"), dtype, packing=packing)
+        self.down_proj = Linear(F, D, ("embed", "mlp"), dtype, packing=packing)
 
     def parts(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """[P, T, D]: summands of the result."""
