@@ -15,6 +15,7 @@ from jengine.models.sparse import SparseConfig
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.packed import MXFP4, Packing
 from jengine.pallas_kernels.route_experts.grouped import GroupedRouting
+from jengine.sharding.split import Split
 
 SPARSE_RATIO = 4  # published layers of this ratio overlap their groups and select among entries
 LAYER_TYPES = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
@@ -134,6 +135,19 @@ class DeepseekV4Config(SparseConfig):
                 f"{cfg.num_attention_heads} attention heads"
             )
         return cfg
+
+    def of_rank(self, split: Split) -> Self:
+        """Of ranks that share the experts out, all see the same tokens."""
+        if not set(split.axes("tokens")).isdisjoint(split.axes("experts")):
+            raise ValueError(
+                "data_parallel_size: experts of DeepSeek-V4 are not shared out over data ranks"
+            )
+        size, field = self.shared_intermediate_size, "moe_intermediate_size times n_shared_experts"
+        return dataclasses.replace(
+            super().of_rank(split),
+            o_groups=split.share(self.o_groups, "heads", "o_groups"),
+            shared_intermediate_size=split.share(size, "mlp", field),
+        )
 
     def layer_rope(self, layer: int) -> RopeTable:
         return self.rope if self.compressions[layer] is None else self.compress_rope

@@ -130,7 +130,7 @@ def expert_rules(cfg: DeepseekV4Config, theirs: str, ours: str) -> list[WeightRu
     ]
     return [
         weight_rule(theirs + "gate", ours + "gate", E, D),
-        WeightRule(theirs + "gate.bias", ours + "bias", (E,)),
+        WeightRule(theirs + "gate.bias", ours + "e_score_correction_bias", (E,)),
         WeightRule(
             theirs + "gate.tid2eid",
             ours + "tid2eid",
