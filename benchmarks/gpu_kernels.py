@@ -1,6 +1,6 @@
 """Products of few rows, routed experts and attention over latents on a GPU, beside their floors.
 
-    python -m benchmarks.gpu_kernels [products] [experts] [latents]
+    python -m benchmarks.gpu_kernels [products] [experts] [latents] [experts_fp4] [linear_fp8]
 
 Each line is the time of one call among several with weights of their own (nothing stays in the L2
 cache between two), in one CUDA graph: what a call adds to a decode step, its launch included. The
@@ -39,7 +39,8 @@ EXPERTS = {  # (experts, top_k, embed, mlp)
 }
 TOKENS = (1, 8, 64, 256, 1024, 8192)
 LATENTS = ((1, 1024), (64, 1024), (64, 4096), (256, 512))  # 16 heads, entries of 512 and 64
-TABLES = ("products", "experts", "latents")
+PACKED = ("experts_fp4", "linear_fp8")  # in packed_weights.py
+TABLES = ("products", "experts", "latents", *PACKED)
 
 
 def main() -> None:
@@ -48,6 +49,11 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
     for table in options.tables or TABLES:
+        if table in PACKED:
+            from benchmarks import packed_weights  # which imports this module
+
+            getattr(packed_weights, table)()
+            continue
         {"products": products, "experts": experts, "latents": latents}[table]()
 
 

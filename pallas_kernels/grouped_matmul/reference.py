@@ -9,10 +9,10 @@ from jax import lax
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.grouped_matmul.tiles import build_tiles, tile_rows
 from jengine.pallas_kernels.linear.api import linear
-from jengine.pallas_kernels.packed import PackedWeight, Weight
+from jengine.pallas_kernels.packed import Weight
 from jengine.pallas_kernels.silu_mul.api import silu_mul
 
-W = TypeVar("W", jax.Array, PackedWeight)
+W = TypeVar("W", bound=Weight)
 
 
 def expert_parts(

@@ -74,7 +74,7 @@ def test_packed_weights_give_the_bits_of_unpacked_ones(tmp_path: Path, dtype: st
     assert sizes[0] < sizes[1] / (1.7 if dtype == "float32" else 1.2)
     logits = [driver.logits(ids, [20, 1, 1, 1, 1]) for driver in (packed, unpacked)]
     np.testing.assert_array_equal(packed.hidden, unpacked.hidden)
-    np.testing.assert_array_equal(*logits)
+    np.testing.assert_array_equal(logits[0], logits[1])
 
 
 def serve(driver: Driver, requests: Sequence[Request]) -> dict[str, np.ndarray]:

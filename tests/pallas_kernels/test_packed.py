@@ -60,10 +60,10 @@ def test_a_packed_weight_is_its_values_rounded_once(packing: Packing, depth: int
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_products_have_the_bits_of_unpacked_ones(packing: Packing, dtype: str) -> None:
     rng = np.random.default_rng(1)
-    x = rng.standard_normal((5, 256), np.float32).astype(dtype)
+    x = jnp.asarray(rng.standard_normal((5, 256), np.float32).astype(dtype))
     weight = random_packed((64, 256), packing)
     plain = jnp.asarray(defined_values(weight).astype(dtype))
-    bias = rng.standard_normal(64, np.float32)
+    bias = jnp.asarray(rng.standard_normal(64, np.float32))
     num_tokens = jnp.int32(4)
     heads = x.reshape(5, 2, 128)
     narrow = random_packed((2, 48, 128), packing, seed=2)
