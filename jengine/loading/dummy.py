@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jengine.layers.param import DUMMY_STD, ParamInfo
-from jengine.pallas_kernels.packed import SCALE_BIAS
+from jengine.loading.mxfp4 import SCALE_BIAS
 from jengine.sharding.cut import Cut
 from jengine.sharding.placement import Placement
 

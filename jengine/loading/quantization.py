@@ -9,13 +9,18 @@ from jengine.config import QUANT_METHODS, ModelArgs
 from jengine.errors import LoadError
 from jengine.loading.block_scales import BlockScaledSource, PackedSource
 from jengine.loading.mxfp4 import Mxfp4Source
-from jengine.pallas_kernels.packed import FP8_BLOCKS, FP8_FLOAT_BLOCKS, Packing
 
 if TYPE_CHECKING:
     from jengine.loading.checkpoint import TensorSource
 
 FIELD = "quantization_config"
-METHODS = {"deepseek_v4": "fp8", "gpt_oss": "mxfp4"}  # by `model_type`
+METHODS = {  # by `model_type`
+    "deepseek_v3": "fp8",
+    "deepseek_v32": "fp8",
+    "deepseek_v4": "fp8",
+    "gpt_oss": "mxfp4",
+}
+STAY_PACKED = frozenset({"deepseek_v4", "gpt_oss"})
 
 
 def open_quantised(
@@ -40,9 +45,13 @@ def open_quantised(
         if tensors is None:
             return plain, None
         return plain, Mxfp4Source(tensors) if method == "mxfp4" else BlockScaledSource(tensors)
+    if model_type not in STAY_PACKED:
+        raise LoadError(
+            f"config field {FIELD!r}: weights of {model_type} in {method!r} cannot stay packed; "
+            "dequantize makes them arrays of dtype at load"
+        )
     if tensors is not None and method == "fp8":
-        has_exponents = fp8_packing(hf).scale_dtype == "uint8"
-        tensors = PackedSource(tensors, has_exponents=has_exponents)
+        tensors = PackedSource(tensors, has_exponents=has_exponents(hf))
     return dict(hf), tensors
 
 
@@ -51,10 +60,9 @@ def quant_method(hf: Mapping[str, Any]) -> str | None:
     return None if method is None else str(method)
 
 
-def fp8_packing(hf: Mapping[str, Any]) -> Packing:
-    """Of weights in FP8, in blocks of 128 x 128."""
-    has_exponents = (hf.get(FIELD) or {}).get("scale_fmt") == "ue8m0"
-    return FP8_BLOCKS if has_exponents else FP8_FLOAT_BLOCKS
+def has_exponents(hf: Mapping[str, Any]) -> bool:
+    """Whether scales are powers of two."""
+    return (hf.get(FIELD) or {}).get("scale_fmt") == "ue8m0"
 
 
 def _check_asked(args: ModelArgs, method: str | None) -> None:

@@ -410,6 +410,7 @@ def test_quantised_parameters_are_those_of_the_values(tmp_path: Path) -> None:
     [
         ({"quantization": "mxfp4"}, "'mxfp4' is not what the checkpoint has"),
         ({"quantization": "fp8", "dequantize": True}, "exclude each other"),
+        ({"hf_overrides": {"model_type": "deepseek_v3"}}, "cannot stay packed; dequantize"),
         ({"hf_overrides": {"model_type": "llama"}}, "weights of llama in 'fp8' are not supported"),
         ({"hf_overrides": {"quantization_config": {"quant_method": "awq"}}}, "'awq' are not"),
         ({"hf_overrides": {"quantization_config": None}, "quantization": "fp8"}, "no quantization"),

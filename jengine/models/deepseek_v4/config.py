@@ -9,11 +9,11 @@ from typing import Any, Self
 from jengine.errors import LoadError
 from jengine.layers.rope import RopeTable, build_rope
 from jengine.layers.sparse_mla import IndexConfig
-from jengine.loading.quantization import fp8_packing, quant_method
+from jengine.loading.quantization import has_exponents, quant_method
 from jengine.models.config_fields import ConfigFields
 from jengine.models.sparse import SparseConfig
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
-from jengine.pallas_kernels.packed import MXFP4, Packing
+from jengine.pallas_kernels.packed import FP8_BLOCKS, FP8_FLOAT_BLOCKS, MXFP4, Packing
 from jengine.pallas_kernels.route_experts.grouped import GroupedRouting
 from jengine.sharding.split import Split
 
@@ -180,7 +180,7 @@ def _packings(hf: Mapping[str, Any]) -> tuple[Packing | None, Packing | None]:
     """(of linear maps, of routed experts)."""
     if quant_method(hf) is None:
         return None, None
-    packing = fp8_packing(hf)
+    packing = FP8_BLOCKS if has_exponents(hf) else FP8_FLOAT_BLOCKS
     return packing, packing if hf.get("expert_dtype") == "fp8" else MXFP4
 
 
