@@ -19,6 +19,7 @@ METHODS = {  # by `model_type`
     "deepseek_v32": "fp8",
     "deepseek_v4": "fp8",
     "gpt_oss": "mxfp4",
+    "kimi_k2": "fp8",
 }
 STAY_PACKED = frozenset({"deepseek_v4", "gpt_oss"})
 
