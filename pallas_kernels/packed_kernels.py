@@ -31,7 +31,6 @@ def dot_packed(
             codes_ptr + first * (DEPTH // 2) + (row[:, None] * (DEPTH // 2) + byte[None, :]),
             mask=is_row[:, None] & (byte < DEPTH // 2)[None, :],
             other=0,
-            eviction_policy="evict_first",
         )
         scales = tl.load(
             scales_ptr + first * (DEPTH // 32) + (row[:, None] * (DEPTH // 32) + group[None, :]),
@@ -58,7 +57,6 @@ def dot_packed(
             codes_ptr + first * DEPTH + (row[:, None] * DEPTH + k[None, :]),
             mask=is_row[:, None] & (k < DEPTH)[None, :],
             other=0,
-            eviction_policy="evict_first",
         )
         GROUPS: tl.constexpr = (DEPTH + 127) // 128
         scale_at = scales_ptr + first * GROUPS + (row * GROUPS + start // 128)

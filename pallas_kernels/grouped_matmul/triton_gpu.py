@@ -71,11 +71,14 @@ def packed_tiling(rows: int) -> Tiling:
     return Tiling(rows, 64, 128, Schedule(4, 4 if rows <= 32 else 3))
 
 
-def require_takeable(weight: PackedWeight, dtype: jnp.dtype) -> None:
-    """Refuse (see `dispatch.py`) what the kernels do not unpack."""
-    if dtype != jnp.bfloat16:
+def require_takeable(weight: Weight, dtype: jnp.dtype) -> None:
+    """Refuse (see `dispatch.py`) what the kernels do not multiply `dtype` by."""
+    if not isinstance(weight, PackedWeight):
+        if dtype not in DTYPES or weight.dtype != dtype:
+            raise NotImplementedError(f"{dtype} times {weight.dtype}")
+    elif dtype != jnp.bfloat16:
         raise NotImplementedError(f"packed weights become bfloat16, not {dtype}")
-    if weight.shape[-1] % weight.packing.group:
+    elif weight.shape[-1] % weight.packing.group:
         raise NotImplementedError(f"{weight.shape[-1]} inputs end inside a group")
 
 
@@ -95,10 +98,7 @@ def expert_parts(
     (T, D), k, (E, _, F) = x_TD.shape, expert_ids_Tk.shape[1], down_EDF.shape
     dtype = x_TD.dtype
     for weight in (gate_up_EFD, down_EDF):
-        if isinstance(weight, PackedWeight):
-            require_takeable(weight, dtype)
-        elif dtype not in DTYPES or weight.dtype != dtype:
-            raise NotImplementedError(f"{dtype} times {weight.dtype}")
+        require_takeable(weight, dtype)
     if D % UNIT or F % UNIT:
         raise NotImplementedError(f"widths {D}, {F}: must be multiples of {UNIT}")
     if activation is not None and activation.up_offset != 1.0:

@@ -35,6 +35,12 @@ INTERPRETED = (
     Case(20, 2, 5, 256, 128, packing=FP8_BLOCKS),
     Case(3, 2, 5, 128, 128, packing=FP8_FLOAT_BLOCKS),
 )
+ON_DEVICE = (  # at widths of models
+    Case(8, 6, 12, 2048, 1024, packing=MXFP4),
+    Case(200, 4, 6, 2880, 576, packing=MXFP4),
+    Case(700, 2, 4, 1024, 512, packing=MXFP4),
+    Case(64, 4, 8, 1024, 512, packing=FP8_FLOAT_BLOCKS),
+)
 EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
 
 

@@ -33,6 +33,12 @@ INTERPRETED = (
     HEAD,
     *PACKED,
 )
+ON_DEVICE = (
+    ("linear", 1, 4096, 1024, FP8_BLOCKS),
+    ("linear", 128, 1024, 8192, FP8_BLOCKS),
+    ("linear_heads", 64, 4096, 1024, FP8_BLOCKS),
+    ("linear_parts", 8, 2048, 4096, MXFP4),
+)
 ROW_COUNTS = (1, 2, 3, 4, 7, 8, 9, 13, 16, 31, 100)
 
 
