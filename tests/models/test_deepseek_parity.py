@@ -249,7 +249,7 @@ def test_what_is_not_supported_is_refused(architecture: str, field: str, value: 
 
 def test_v3_in_fp8_is_dequantised_at_load(tmp_path: Path) -> None:
     """As published: blocks of 128 x 128 with float32 scales, of all linear maps but routers."""
-    make_tiny_llama(tmp_path / "exact", **V3)
+    make_tiny_llama(tmp_path / "exact", **CASES["v3"])
     exact = load_file(tmp_path / "exact" / "model.safetensors")
     packed, rng = dict(exact), np.random.default_rng(0)
     for name, weight in exact.items():
