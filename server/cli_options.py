@@ -55,6 +55,19 @@ class EngineFlags:
         str | None,
         _flag("--load-format", panel=_MODEL, text="auto, safetensors, gguf or dummy (random)."),
     ] = None
+    quantization: Annotated[
+        str | None,
+        _flag(
+            "--quantization",
+            "-q",
+            panel=_MODEL,
+            text="The method of the checkpoint's packed weights; found out if not given.",
+        ),
+    ] = None
+    dequantize: Annotated[
+        bool,
+        _flag("--dequantize", panel=_MODEL, text="Unpack such weights at load, to --dtype."),
+    ] = False
     revision: Annotated[
         str | None, _flag("--revision", panel=_MODEL, text="Branch or commit on the Hub.")
     ] = None

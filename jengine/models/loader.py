@@ -52,6 +52,13 @@ class ModelDefinition:
         if self.split.num_ranks == 1:
             return {}
         whole, local = map(abstract_parameters, (self.module, self.rank_module))
+        for path, info in local.items():
+            size, part = whole[path].shape[-1], info.shape[-1]
+            if part != size and part % info.unit:
+                raise ValueError(
+                    f"parameter {path!r} has a scale for each {info.unit} bytes of its inputs: "
+                    f"{part} of {size}, which would be a rank's, end inside such a group"
+                )
         return {
             path: cut_array(self.split, info.logical_axes, info.sections, local[path].sections)
             for path, info in whole.items()
@@ -81,7 +88,7 @@ def open_model(config: EngineConfig) -> ModelDefinition:
     if split.num_ranks > 1:
         rank_cfg = cfg.of_rank(split)
         rank_module = model_class(rank_cfg)
-    return ModelDefinition(
+    model = ModelDefinition(
         checkpoint=checkpoint,
         architecture=architecture,
         cfg=cfg,
@@ -92,6 +99,8 @@ def open_model(config: EngineConfig) -> ModelDefinition:
         max_model_len=max_model_len,
         seed=config.model.seed,
     )
+    _ = model.cuts  # raises if there are none
+    return model
 
 
 def split_of(parallel: ParallelConfig, cfg: Any) -> Split:
