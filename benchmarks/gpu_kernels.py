@@ -1,6 +1,7 @@
 """Products of few rows, routed experts and attention over latents on a GPU, beside their floors.
 
-    python -m benchmarks.gpu_kernels [products] [experts] [latents] [v4 | v4-selection ...]
+    python -m benchmarks.gpu_kernels [products] [experts] [latents] [experts_fp4] [linear_fp8]
+                                     [v4 | v4-selection ...]
 
 Each line is the time of one call among several with weights of their own (nothing stays in the L2
 cache between two), in one CUDA graph: what a call adds to a decode step, its launch included. The
@@ -39,8 +40,9 @@ EXPERTS = {  # (experts, top_k, embed, mlp)
 }
 TOKENS = (1, 8, 64, 256, 1024, 8192)
 LATENTS = ((1, 1024), (64, 1024), (64, 4096), (256, 512))  # 16 heads, entries of 512 and 64
-TABLES = ("products", "experts", "latents", "v4")
 OF_V4 = ("selection", "attention", "compression", "streams", "experts")
+PACKED = ("experts_fp4", "linear_fp8")  # in packed_weights.py
+TABLES = ("products", "experts", "latents", *PACKED, "v4")
 
 
 def main() -> None:
@@ -51,6 +53,10 @@ def main() -> None:
     for table in options.tables or TABLES:
         if table.startswith("v4"):
             v4(OF_V4 if table == "v4" else (table.removeprefix("v4-"),))
+        elif table in PACKED:
+            from benchmarks import packed_weights  # which imports this module
+
+            getattr(packed_weights, table)()
         else:
             {"products": products, "experts": experts, "latents": latents}[table]()
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_table llama31_8b [--decode 1x1024 ...] [--json FILE]
 
-`shapes.json` maps names to the contents of a config.json. Prefill is the time of the whole batch
-for one token each; a decode step is (time for 129 tokens - time for 1) / 128, scheduler and all.
-Best of `--repeats` runs; greedy, token ids in and out, no prefix caching, bfloat16.
+`shapes.json` maps names to the contents of a config.json, of which `--num-layers` keeps the first
+layers. Prefill is the time of the whole batch for one token each; a decode step is (time for 129
+tokens - time for 1) / 128, scheduler and all. Best of `--repeats` runs; greedy, token ids in and
+out, no prefix caching, bfloat16 but for weights that the shape packs.
 """
 
 import argparse
@@ -37,6 +38,10 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=8704)
     parser.add_argument("--max-decode-steps", type=int)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--num-layers", type=int, help="keep so many of the shape's first layers")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--enable-expert-parallel", action="store_true")
+    parser.add_argument("--dequantize", action="store_true")
     parser.add_argument("--compile-threads", type=int)
     parser.add_argument("--decode-buckets", type=int, nargs="*", default=())
     parser.add_argument("--prefill-buckets", type=int, nargs="*", default=())
@@ -50,6 +55,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = json.loads(options.shapes.read_text())[options.name]
+        if options.num_layers is not None:
+            config = first_layers(config, options.num_layers)
         Path(folder, "config.json").write_text(json.dumps(config))
         started = time.perf_counter()
         llm = LLM(
@@ -65,6 +72,9 @@ def main() -> None:
             prefill_buckets=tuple(options.prefill_buckets),
             compile_threads=options.compile_threads,
             batch_invariant=options.batch_invariant,
+            tensor_parallel_size=options.tensor_parallel_size,
+            enable_expert_parallel=options.enable_expert_parallel,
+            dequantize=options.dequantize,
         )
         ready = time.perf_counter() - started
         llm.wait_until_compiled()
@@ -85,6 +95,19 @@ def main() -> None:
                 print(f"    the device is idle for {1 - kernels / step:.3f} of the step")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
+
+
+def first_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
+    """The config of a shallower model. What lists have past the layers, of draft blocks, stays."""
+    whole = config["num_hidden_layers"]
+    if not 1 <= count <= whole:
+        raise ValueError(f"num_layers must be within 1..{whole}, got {count}")
+    cut = {
+        name: value[:count] + value[whole:]
+        for name, value in config.items()
+        if isinstance(value, list) and len(value) >= whole
+    }
+    return {**config, **cut, "num_hidden_layers": count}
 
 
 def measure(llm: LLM, vocab_size: int, options: argparse.Namespace) -> dict[str, float]:

@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from jengine.cluster import ClusterFlags
+from jengine.errors import UnsupportedError
 
 LogprobsMode = Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 All2AllBackend = Literal["auto", "allgather_reducescatter", "padded_all_to_all"]
+QUANT_METHODS = {  # vLLM's names -> what config.json calls them
+    "fp8": "fp8",
+    "deepseek_v4_fp8": "fp8",
+    "mxfp4": "mxfp4",
+    "gpt_oss_mxfp4": "mxfp4",
+}
 
 _MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
@@ -99,6 +106,10 @@ class ModelArgs:
     served_model_name: tuple[str, ...] = ()
     dtype: Dtype = "auto"
     load_format: LoadFormat = "auto"
+    # Weights stay packed as the checkpoint has them, and this may name their method; `dequantize`
+    # makes them arrays of `dtype` at load.
+    quantization: str | None = None
+    dequantize: bool = False
     revision: str | None = None
     max_model_len: int | None = None
     seed: int = 0
@@ -108,6 +119,13 @@ class ModelArgs:
     generation_config: Literal["auto", "vllm"] = (
         "auto"  # "vllm": ignore the model's sampling defaults
     )
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None and self.quantization not in QUANT_METHODS:
+            raise UnsupportedError(
+                f"quantization={self.quantization!r} is not supported by this version; "
+                f"supported: {', '.join(QUANT_METHODS)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

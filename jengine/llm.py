@@ -40,7 +40,8 @@ class LLM:
     Args:
         model: Folder, .gguf file, pulled name or Hub id. tokenizer: Where to read the tokenizer, if
         not from the model. skip_tokenizer_init: Take and give token ids only. dtype: Of parameters
-        and activations; "auto" follows the checkpoint. seed: Makes a run repeatable: requests
+        and activations; "auto" follows the checkpoint, whose packed weights stay packed unless
+        `dequantize=True` is among kwargs. seed: Makes a run repeatable: requests
         without a seed of their own get one drawn from it, in order. gpu_memory_utilization: Share
         of the device's memory, in (0, 1], that the engine may plan with. max_model_len: Longest
         prompt plus completion, in tokens; None for the model's own. hf_overrides: Entries that

@@ -53,7 +53,6 @@ FEATURES: dict[str, tuple[Any, ...]] = {
     "pipeline_parallel_size": (1,),
     "pooler_config": (),
     "override_pooler_config": (),
-    "quantization": (),
     "quantization_config": (),
     "runner": ("auto", "generate"),
     "speculative_config": (),

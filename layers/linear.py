@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jengine.layers.param import Size, param
+from jengine.layers.param import Size, param, weight_param
 from jengine.pallas_kernels.linear.api import linear
 from jengine.pallas_kernels.linear.reference import sum_of_parts
+from jengine.pallas_kernels.packed import Packing
 from jengine.sharding import collectives
 
 
@@ -25,10 +26,13 @@ class Linear(nnx.Module):
         dtype: str,
         *,
         bias: bool = False,
+        packing: Packing | None = None,
     ) -> None:
-        """`axes` are the logical axes of (out, in)."""
+        """`axes` are the logical axes of (out, in). `packing`: of the weight; None: it is an array
+        of `dtype`.
+        """
         self.in_axis = axes[1]
-        self.weight = param((out_dim, in_dim), axes, dtype)
+        self.weight = weight_param((out_dim, in_dim), axes, dtype, packing)
         self.bias = param((out_dim,), axes[:1], dtype, init="zeros") if bias else None
 
     def __call__(self, x_TD: jax.Array, num_tokens: jax.Array) -> jax.Array:

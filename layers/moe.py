@@ -17,10 +17,11 @@ from jengine.layers.expert_exchange import (
 )
 from jengine.layers.expert_slots import ExpertSlots, choose_slots, count_slots, slot_table
 from jengine.layers.linear import sum_of_ranks
-from jengine.layers.param import Size, param
+from jengine.layers.param import Size, param, weight_param
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.grouped_matmul.api import expert_parts
 from jengine.pallas_kernels.linear.api import linear
+from jengine.pallas_kernels.packed import Packing
 from jengine.pallas_kernels.route_experts.api import GroupedRouting, route, route_grouped
 from jengine.sharding import collectives
 from jengine.sharding.split import Split
@@ -38,6 +39,7 @@ class MoEConfig:
     activation: ClampedSwiGLU | None = None  # in the place of SwiGLU
     grouped: GroupedRouting | None = None  # in the place of the softmax's largest
     num_local_experts: int | None = None  # of one rank; None: all
+    packing: Packing | None = None  # of the experts' weights; None: arrays of the model's dtype
     slots: ExpertSlots | None = None  # None: experts lie where their ids say
     exchange: Exchange = "auto"  # of tokens, where data ranks share the experts out
 
@@ -76,8 +78,11 @@ class Experts(nnx.Module):
         self.moe = moe
         E = moe.num_experts if moe.num_local_experts is None else moe.num_local_experts
         F = moe.moe_intermediate_size
-        self.gate_up_proj = param((E, (F, F), dim), ("experts", "expert_mlp", "embed"), dtype)
-        self.down_proj = param((E, dim, F), ("experts", "embed", "expert_mlp"), dtype)
+        gate_up_axes, down_axes = (
+            ("experts", "expert_mlp", "embed"), ("experts", "embed", "expert_mlp")
+        )  # fmt: skip
+        self.gate_up_proj = weight_param((E, (F, F), dim), gate_up_axes, dtype, moe.packing)
+        self.down_proj = weight_param((E, dim, F), down_axes, dtype, moe.packing)
 
         def bias(rows: Size, axis: str) -> nnx.Param | None:
             return param((E, rows), ("experts", axis), dtype, "zeros") if moe.bias else None
@@ -119,7 +124,7 @@ class Experts(nnx.Module):
             weights_Tk,
             of_experts,
             num_places=self.moe.num_places,
-            num_local=self.down_proj.shape[0],
+            num_local=self.down_proj[...].shape[0],
             capacity=capacity(T, k, num_ranks),
         )
 

@@ -5,13 +5,18 @@ is derived.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Initializer = Literal["normal", "ones", "zeros", "columns"]  # columns: an index along the last axis
+from jengine.pallas_kernels.packed import PackedWeight, Packing
+
+# columns: an index along the last axis; the last four: those of packed weights of size DUMMY_STD
+Initializer = Literal[
+    "normal", "ones", "zeros", "columns", "e2m1", "e4m3", "scales of e2m1", "scales of e4m3"
+]
 Size = int | tuple[int, ...]
 DUMMY_STD = 0.02
 
@@ -20,7 +25,7 @@ DUMMY_STD = 0.02
 class ParamInfo:
     """What a parameter is, before it has a value. `logical_axes` names each dimension (see
     `sharding/rules.py`); `sections` are the sizes of what lies side by side along it, by default
-    one thing.
+    one thing. What a rank holds of the last dimension is a multiple of `unit`.
     """
 
     shape: tuple[int, ...]
@@ -28,6 +33,7 @@ class ParamInfo:
     logical_axes: tuple[str | None, ...]
     init: Initializer = "normal"
     sections: tuple[tuple[int, ...], ...] = ()
+    unit: int = 1
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.logical_axes):
@@ -49,15 +55,57 @@ def param(
     logical_axes: tuple[str | None, ...],
     dtype: str,
     init: Initializer = "normal",
+    unit: int = 1,
 ) -> nnx.Param:
     """Declare a parameter of a module. Its value is abstract until a loader fills it.
 
-    A dimension of several things side by side is the tuple of their sizes: ranks cut each.
+    A dimension of several things side by side is the tuple of their sizes: ranks cut each, and the
+    last one in multiples of `unit`.
     """
     sections = tuple(size if isinstance(size, tuple) else (size,) for size in shape)
     whole = tuple(map(sum, sections))
-    info = ParamInfo(whole, dtype, logical_axes, init, sections)
+    info = ParamInfo(whole, dtype, logical_axes, init, sections, unit)
     return nnx.Param(jax.ShapeDtypeStruct(whole, jnp.dtype(dtype)), info=info)
+
+
+class PackedParam(nnx.Module):
+    """The two parameters of a packed weight. `[...]` gives the weight, as of an `nnx.Param`."""
+
+    def __init__(
+        self, shape: tuple[Size, ...], logical_axes: tuple[str | None, ...], packing: Packing
+    ) -> None:
+        *rows, depth = shape
+        if not isinstance(depth, int):
+            raise ValueError(f"a packed weight of several things {depth} along its inputs")
+        self.packing = packing
+        self.codes = param(
+            (*rows, packing.num_bytes(depth)),
+            logical_axes,
+            "uint8",
+            packing.codes,
+            unit=packing.num_bytes(packing.group),
+        )
+        self.scales = param(
+            (*rows, packing.num_groups(depth)),
+            logical_axes,
+            packing.scale_dtype,
+            "scales of e2m1" if packing.codes == "e2m1" else "scales of e4m3",
+        )
+
+    def __getitem__(self, index: Any) -> PackedWeight:
+        return PackedWeight(self.codes[index], self.scales[index], self.packing)
+
+
+def weight_param(
+    shape: tuple[Size, ...],
+    logical_axes: tuple[str | None, ...],
+    dtype: str,
+    packing: Packing | None = None,
+) -> nnx.Param | PackedParam:
+    """Declare a weight [..., out, in]: in `dtype`, or packed."""
+    if packing is None:
+        return param(shape, logical_axes, dtype)
+    return PackedParam(shape, logical_axes, packing)
 
 
 def abstract_parameters(model: nnx.Module) -> Mapping[str, ParamInfo]:

@@ -55,6 +55,19 @@ class EngineFlags:
         str | None,
         _flag("--load-format", panel=_MODEL, text="auto, safetensors, gguf or dummy (random)."),
     ] = None
+    quantization: Annotated[
+        str | None,
+        _flag(
+            "--quantization",
+            "-q",
+            panel=_MODEL,
+            text="The method of the checkpoint's packed weights; found out if not given.",
+        ),
+    ] = None
+    dequantize: Annotated[
+        bool,
+        _flag("--dequantize", panel=_MODEL, text="Unpack such weights at load, to --dtype."),
+    ] = False
     revision: Annotated[
         str | None, _flag("--revision", panel=_MODEL, text="Branch or commit on the Hub.")
     ] = None
@@ -202,22 +215,14 @@ class EngineFlags:
     ] = None
     all2all_backend: Annotated[
         str | None,
-        _flag(
-            "--all2all-backend",
-            panel=_PARALLEL,
-            text="Between data ranks: auto, allgather_reducescatter or padded_all_to_all.",
-        ),
+        _flag("--all2all-backend", panel=_PARALLEL, text="Between data ranks; by default auto."),
     ] = None
     enable_eplb: Annotated[
         bool, _flag("--enable-eplb", panel=_PARALLEL, text="Move experts, for an even load.")
     ] = False
     num_redundant_experts: Annotated[
         int | None,
-        _flag(
-            "--num-redundant-experts",
-            panel=_PARALLEL,
-            text="With it: places for copies of the busiest, in each layer: 0.",
-        ),
+        _flag("--num-redundant-experts", panel=_PARALLEL, text="Copies of the busiest: 0."),
     ] = None
     eplb_config: Annotated[
         str | None,

@@ -68,7 +68,6 @@ UNSUPPORTED = frozenset(
         "--otlp-traces-endpoint",
         "--override-generation-config",
         "--pipeline-parallel-size",
-        "--quantization",
         "--reasoning-parser",
         "--response-role",
         "--speculative-config",
@@ -82,7 +81,6 @@ UNSUPPORTED = frozenset(
         "-dpn",
         "-dpp",
         "-pp",
-        "-q",
     }
 )
 

@@ -16,7 +16,8 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-DTYPES = {**FLOAT_DTYPES, "int32": np.dtype(np.int32)}  # int32: of tables
+# int32: of tables; uint8: of packed weights
+DTYPES = {**FLOAT_DTYPES, "int32": np.dtype(np.int32), "uint8": np.dtype(np.uint8)}
 
 
 def numpy_dtype(name: str) -> np.dtype:

@@ -12,13 +12,12 @@ import numpy as np
 
 from jengine.config import LoadFormat, ModelArgs
 from jengine.errors import LoadError, ModelNotFoundError
-from jengine.loading.block_scales import BlockScaledSource, has_block_scales
 from jengine.loading.converted import ConvertedWeights, is_converted
 from jengine.loading.gguf_config import generation_config_from_gguf, hf_config_from_gguf
 from jengine.loading.gguf_source import GGUFFile, GGUFSource
 from jengine.loading.hub import fetch_from_hub, is_hub_id
-from jengine.loading.mxfp4 import Mxfp4Source, is_mxfp4
 from jengine.loading.pull import PULLABLE, pulled_path
+from jengine.loading.quantization import open_quantised
 from jengine.loading.safetensors_source import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -92,13 +91,10 @@ def open_checkpoint(args: ModelArgs) -> Checkpoint:
     if is_converted(path) and not is_dummy:
         return _open_converted(args, path, config)
     tensors = None if is_dummy else _open_safetensors(path, args.load_format)
-    if tensors is not None and is_mxfp4(config):
-        tensors = Mxfp4Source(tensors)
-    elif tensors is not None and has_block_scales(config):
-        tensors = BlockScaledSource(tensors)
+    hf_config, tensors = open_quantised({**config, **args.hf_overrides}, tensors, args)
     return Checkpoint(
         name=args.model,
-        hf_config={**config, **args.hf_overrides},
+        hf_config=hf_config,
         generation_config=_read_json(path / "generation_config.json") or {},
         dialect="dummy" if is_dummy else "hf",
         tensors=tensors,

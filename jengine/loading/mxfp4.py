@@ -1,7 +1,7 @@
 """MXFP4 tensors (OCP Microscaling formats 1.0), as gpt-oss stores its experts: read as floats."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +13,7 @@ POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1, by its three bits
 VALUES = np.array([*POSITIVE, *(-value for value in POSITIVE)], np.float32)
 PAIRS = np.stack([np.tile(VALUES, 16), np.repeat(VALUES, 16)], axis=1)  # by byte: low nibble first
 SCALE_BIAS = 127  # of E8M0
+GROUP = 32  # values that share a scale
 
 
 class Mxfp4Source:
@@ -47,15 +48,13 @@ class Mxfp4Source:
         if columns is not None:  # they are rows of the blocks
             return self.read(name, rows)[:, columns]
         blocks, scales = (self._tensors.read(name + part, rows) for part in (BLOCKS, SCALES))
-        return dequantise(blocks, scales).swapaxes(1, 2)
+        return dequantise(blocks.reshape(*blocks.shape[:2], -1), scales).swapaxes(1, 2)
 
 
-def dequantise(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """f32[..., 32 G] of u8[..., G, 16] and the power of two of each group of 32."""
-    values = PAIRS[blocks].reshape(*blocks.shape[:-1], -1)
-    values *= np.ldexp(np.float32(1.0), scales.astype(np.int32) - SCALE_BIAS)[..., None]
-    return values.reshape(*blocks.shape[:-2], -1)
-
-
-def is_mxfp4(hf_config: Mapping[str, Any]) -> bool:
-    return (hf_config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
+def dequantise(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """f32[..., 2 n] of u8[..., n] and the power of two of each group of 32, of which the last may
+    be smaller."""
+    values = PAIRS[codes].reshape(*codes.shape[:-1], -1)
+    powers = np.ldexp(np.float32(1.0), scales.astype(np.int32) - SCALE_BIAS)
+    values *= np.repeat(powers, GROUP, axis=-1)[..., : values.shape[-1]]
+    return values

@@ -1,12 +1,15 @@
 """How checkpoints name the parts that decoder families share, and the rules for each part."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from jengine.loading.block_scales import SCALE, WEIGHT
 from jengine.loading.rules import WeightRule
 from jengine.models.decoder_config import DecoderConfig
+from jengine.pallas_kernels.packed import Packing
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -91,12 +94,29 @@ def linear_rules(
     bias: bool,
     offset: int = 0,
     transform: Transform | None = None,
+    packing: Packing | None = None,
 ) -> list[WeightRule]:
     """The rules of one projection, which fills `rows` of a (fused) one from `offset` on."""
-    rules = [WeightRule(source + ".weight", target + ".weight", (rows, columns), offset, transform)]
+    weight = WeightRule(source + ".weight", target + ".weight", (rows, columns), offset, transform)
+    rules = packed_rules(weight, packing)
     if bias:
         rules.append(WeightRule(source + ".bias", target + ".bias", (rows,), offset, transform))
     return rules
+
+
+def packed_rules(rule: WeightRule, packing: Packing | None) -> list[WeightRule]:
+    """The rule of a weight, or where it is packed those of its codes and scales, as `PackedSource`
+    names them. A transform must be one of rows."""
+    if packing is None:
+        return [rule]
+    (rows, depth), source = rule.shape, rule.source.removesuffix(WEIGHT)
+    return [
+        dataclasses.replace(rule, target=rule.target + part, source=source + suffix, shape=shape)
+        for part, suffix, shape in (
+            (".codes", WEIGHT, (rows, packing.num_bytes(depth))),
+            (".scales", SCALE, (rows, packing.num_groups(depth))),
+        )
+    ]
 
 
 def frame_rules(cfg: DecoderConfig, names: TensorNames) -> list[WeightRule]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jengine.layers.moe import SparseMLP
 from jengine.layers.param import param
+from jengine.loading.quantization import quant_method
 from jengine.loading.rules import WeightRule, WeightTable
 from jengine.models.config_fields import ConfigFields, periodic_layer_types
 from jengine.models.decoder_weights import (
@@ -23,6 +24,7 @@ from jengine.models.decoder_weights import (
 from jengine.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from jengine.models.sparse import SparseConfig
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
+from jengine.pallas_kernels.packed import MXFP4
 
 DEFAULTS = {  # where config.json may be silent and means something else than Llama's
     "head_dim": 64,
@@ -63,7 +65,8 @@ class GptOssConfig(SparseConfig):
         activation = ClampedSwiGLU(
             float(hf.get("swiglu_alpha", 1.702)), float(hf.get("swiglu_limit", 7.0))
         )
-        moe = dataclasses.replace(cfg.moe, bias=True, activation=activation)
+        packing = None if quant_method(hf) is None else MXFP4
+        moe = dataclasses.replace(cfg.moe, bias=True, activation=activation, packing=packing)
         return dataclasses.replace(cfg, moe=moe)
 
 
@@ -99,28 +102,63 @@ class GptOssForCausalLM(LlamaForCausalLM):
             *linear_rules(at + "mlp.router", of + "mlp.gate", E, D, bias=True),
             WeightRule(at + "self_attn.sinks", of + "self_attn.sinks", (cfg.num_attention_heads,)),
             WeightRule(
-                experts + "gate_up_proj",
-                target + "gate_up_proj",
-                (E, D, 2 * F),
-                transform=lambda weights: gate_above_up(weights.swapaxes(1, 2)),
-                transformed=(E, 2 * F, D),
-            ),
-            WeightRule(
                 experts + "gate_up_proj_bias",
                 target + "gate_up_bias",
                 (E, 2 * F),
                 transform=gate_above_up,
             ),
-            WeightRule(
-                experts + "down_proj",
-                target + "down_proj",
-                (E, F, D),
-                transform=lambda weights: weights.swapaxes(1, 2),
-                transformed=(E, D, F),
-            ),
             WeightRule(experts + "down_proj_bias", target + "down_bias", (E, D)),
+            *(expert_rules if cfg.moe.packing is None else packed_expert_rules)(
+                experts, target, E, D, F
+            ),
         )
         return WeightTable(rules, ignored_tensors(cfg, HF_NAMES))
+
+
+def expert_rules(theirs: str, ours: str, E: int, D: int, F: int) -> list[WeightRule]:
+    return [
+        WeightRule(
+            theirs + "gate_up_proj",
+            ours + "gate_up_proj",
+            (E, D, 2 * F),
+            transform=lambda weights: gate_above_up(weights.swapaxes(1, 2)),
+            transformed=(E, 2 * F, D),
+        ),
+        WeightRule(
+            theirs + "down_proj",
+            ours + "down_proj",
+            (E, F, D),
+            transform=lambda weights: weights.swapaxes(1, 2),
+            transformed=(E, D, F),
+        ),
+    ]
+
+
+def packed_expert_rules(theirs: str, ours: str, E: int, D: int, F: int) -> list[WeightRule]:
+    """Blocks are groups of codes that share a scale; depth is a multiple of them."""
+
+    def in_rows(blocks: np.ndarray) -> np.ndarray:
+        return blocks.reshape(*blocks.shape[:2], -1)
+
+    rules = []
+    for name, rows, depth, order in (
+        ("gate_up_proj", 2 * F, D, gate_above_up),
+        ("down_proj", D, F, in_rows),
+    ):
+        blocks = (E, rows, MXFP4.num_groups(depth), MXFP4.num_bytes(MXFP4.group))
+        rules += [
+            WeightRule(
+                f"{theirs}{name}_blocks",
+                f"{ours}{name}.codes",
+                blocks,
+                transform=lambda blocks, order=order: order(in_rows(blocks)),
+                transformed=(E, rows, MXFP4.num_bytes(depth)),
+            ),
+            WeightRule(
+                f"{theirs}{name}_scales", f"{ours}{name}.scales", blocks[:3], transform=order
+            ),
+        ]
+    return rules
 
 
 def gate_above_up(rows: np.ndarray) -> np.ndarray:

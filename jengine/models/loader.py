@@ -56,6 +56,13 @@ class ModelDefinition:
         if self.split.num_ranks == 1:
             return {}
         whole, local = map(abstract_parameters, (self.module, self.rank_module))
+        for path, info in local.items():
+            size, part = whole[path].shape[-1], info.shape[-1]
+            if part != size and part % info.unit:
+                raise ValueError(
+                    f"parameter {path!r} has a scale for each {info.unit} bytes of its inputs: "
+                    f"{part} of {size}, which would be a rank's, end inside such a group"
+                )
         return {
             path: cut_array(
                 self.split,
@@ -96,7 +103,7 @@ def open_model(config: EngineConfig) -> ModelDefinition:
             rank_cfg, expert_slots = with_slots(rank_cfg, split, config.parallel.eplb)
         rank_cfg = rank_cfg.of_rank(split)
         rank_module = model_class(rank_cfg)
-    return ModelDefinition(
+    model = ModelDefinition(
         checkpoint=checkpoint,
         architecture=architecture,
         cfg=cfg,
@@ -108,6 +115,8 @@ def open_model(config: EngineConfig) -> ModelDefinition:
         seed=config.model.seed,
         expert_slots=expert_slots,
     )
+    _ = model.cuts  # raises if there are none
+    return model
 
 
 def with_slots(

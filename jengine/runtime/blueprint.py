@@ -65,6 +65,7 @@ log = logging.getLogger(__name__)
 DEFAULT_TOP = (
     20  # log-probabilities computed in the step; more are made from the logits on the host
 )
+UNPACKED_TIMES = {"e2m1": 4, "e4m3": 2}  # as many bytes as its codes has a weight in bfloat16
 GPU_COMPILE_THREADS, CPU_COMPILE_THREADS = 8, 2
 # Mixed buckets grow by this. A GPU's step costs what its tokens cost; a CPU's compilation is dear.
 GPU_GROWTH, CPU_GROWTH = 2, 4
@@ -204,7 +205,11 @@ def largest_tuned_bytes(
         bucket.num_seqs > MAX_HEAD_ROWS and bucket.num_seqs not in essential for bucket in buckets
     )
     left_out = {"experts"} if is_head_tuned else {"experts", "vocab"}
-    tuned = [p.num_bytes for p in parameters if left_out.isdisjoint(p.logical_axes)]
+    tuned = [
+        p.num_bytes * UNPACKED_TIMES.get(p.init, 1)
+        for p in parameters
+        if left_out.isdisjoint(p.logical_axes)
+    ]
     return max(tuned, default=0)
 
 

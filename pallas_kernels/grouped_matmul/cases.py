@@ -4,11 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jengine.pallas_kernels.packed import PackedWeight, Packing
+from jengine.pallas_kernels.packed_cases import random_packed
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """Shapes and dtype of one call. `touched`: experts that tokens may be routed to, from the last
-    one downwards; all by default.
+    one downwards; all by default. `packing`: of weights that `build_packed` makes.
     """
 
     tokens: int
@@ -18,6 +21,7 @@ class Case:
     mlp: int = 96
     dtype: str = "bfloat16"
     touched: int | None = None
+    packing: Packing | None = None
 
     def build(self, seed: int = 0) -> tuple[np.ndarray, ...]:
         """x, expert ids, their weights, gate_up and down; floats in float32 and near size one."""
@@ -30,6 +34,15 @@ class Case:
         ids = [first + rng.permutation(E - first)[: self.top_k] for _ in range(self.tokens)]
         weights = rng.uniform(0.05, 1.0, (self.tokens, self.top_k)).astype(np.float32)
         return x, np.stack(ids).astype(np.int32), weights, gate_up, down
+
+    def build_packed(self, seed: int = 0) -> tuple[PackedWeight, PackedWeight]:
+        """gate_up and down, of the sizes above."""
+        assert self.packing is not None
+        E, D, F = self.experts, self.embed, self.mlp
+        return (
+            random_packed((E, 2 * F, D), self.packing, seed, size=D**-0.5),
+            random_packed((E, D, F), self.packing, seed + 1, size=F**-0.5),
+        )
 
 
 CASES = (

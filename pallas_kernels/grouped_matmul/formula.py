@@ -2,12 +2,15 @@
 `dispatch.py`): its cost grows with all experts.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.linear.api import linear
+from jengine.pallas_kernels.packed import Weight
 from jengine.pallas_kernels.silu_mul.api import silu_mul
 
 
@@ -15,8 +18,8 @@ def expert_parts(
     x_TD: jax.Array,
     expert_ids_Tk: jax.Array,
     weights_Tk: jax.Array,
-    gate_up_EFD: jax.Array,
-    down_EDF: jax.Array,
+    gate_up_EFD: Weight,
+    down_EDF: Weight,
     *,
     num_tokens: jax.Array,
     gate_up_bias_EF: jax.Array | None = None,
@@ -29,12 +32,12 @@ def expert_parts(
 
     @jax.checkpoint
     def of_expert(expert: jax.Array) -> jax.Array:
-        def take(of_all: jax.Array | None) -> jax.Array | None:
-            return None if of_all is None else of_all[expert]
+        def take(of_all: Any) -> Any:
+            return jax.tree.map(lambda x: x[expert], of_all)
 
-        gate_up_TF = linear(x_TD, gate_up_EFD[expert], take(gate_up_bias_EF))
+        gate_up_TF = linear(x_TD, take(gate_up_EFD), take(gate_up_bias_EF))
         product_TF = silu_mul(gate_up_TF) if activation is None else activation(gate_up_TF)
-        y_TD = linear(product_TF, down_EDF[expert], take(down_bias_ED), out_dtype=jnp.float32)
+        y_TD = linear(product_TF, take(down_EDF), take(down_bias_ED), out_dtype=jnp.float32)
         is_chosen_Tk = expert_ids_Tk == expert
         weight_T = jnp.sum(jnp.where(is_chosen_Tk, weights_Tk, 0.0), axis=1)
         return weight_T[:, None] * y_TD

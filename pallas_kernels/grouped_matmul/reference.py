@@ -1,5 +1,7 @@
 """Plain-JAX `expert_parts`: a loop over the tiles in use, and so over the experts touched."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,15 +9,18 @@ from jax import lax
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
 from jengine.pallas_kernels.grouped_matmul.tiles import build_tiles, tile_rows
 from jengine.pallas_kernels.linear.api import linear
+from jengine.pallas_kernels.packed import Weight
 from jengine.pallas_kernels.silu_mul.api import silu_mul
+
+W = TypeVar("W", bound=Weight)
 
 
 def expert_parts(
     x_TD: jax.Array,
     expert_ids_Tk: jax.Array,
     weights_Tk: jax.Array,
-    gate_up_EFD: jax.Array,
-    down_EDF: jax.Array,
+    gate_up_EFD: Weight,
+    down_EDF: Weight,
     *,
     num_tokens: jax.Array,
     gate_up_bias_EF: jax.Array | None = None,
@@ -72,5 +77,5 @@ def expert_parts(
     return jnp.where(is_real_T[:, None], out_TD, 0.0).astype(x_TD.dtype)[None]
 
 
-def _of_expert(weights: jax.Array, expert: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(weights, expert, keepdims=False)
+def _of_expert(weights: W, expert: jax.Array) -> W:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, expert, keepdims=False), weights)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
+from jengine.pallas_kernels.packed import PackedWeight, Weight, kernel_arrays, kernel_codes
 from jengine.pallas_kernels.platform import is_batch_invariant, require_cuda
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
@@ -61,12 +62,32 @@ def down_tiling(rows: int, num_pairs: int, depth: int, itemsize: int) -> Tiling:
     return Tiling(rows, 64, 128, Schedule(4, 4))
 
 
+def packed_tiling(rows: int) -> Tiling:
+    """Of packed weights: 64 outputs or more are rows of the warpgroup's matrix unit, which takes
+    what was unpacked from registers. Fewer would be unpacked by several warps each.
+    """
+    if rows >= 128:
+        return Tiling(rows, 128, 128, Schedule(8, 3))
+    return Tiling(rows, 64, 128, Schedule(4, 4 if rows <= 32 else 3))
+
+
+def require_takeable(weight: Weight, dtype: jnp.dtype) -> None:
+    """Refuse (see `dispatch.py`) what the kernels do not multiply `dtype` by."""
+    if not isinstance(weight, PackedWeight):
+        if dtype not in DTYPES or weight.dtype != dtype:
+            raise NotImplementedError(f"{dtype} times {weight.dtype}")
+    elif dtype != jnp.bfloat16:
+        raise NotImplementedError(f"packed weights become bfloat16, not {dtype}")
+    elif weight.shape[-1] % weight.packing.group:
+        raise NotImplementedError(f"{weight.shape[-1]} inputs end inside a group")
+
+
 def expert_parts(
     x_TD: jax.Array,
     expert_ids_Tk: jax.Array,
     weights_Tk: jax.Array,
-    gate_up_EFD: jax.Array,
-    down_EDF: jax.Array,
+    gate_up_EFD: Weight,
+    down_EDF: Weight,
     *,
     num_tokens: jax.Array,
     gate_up_bias_EF: jax.Array | None = None,
@@ -76,8 +97,8 @@ def expert_parts(
 ) -> jax.Array:
     (T, D), k, (E, _, F) = x_TD.shape, expert_ids_Tk.shape[1], down_EDF.shape
     dtype = x_TD.dtype
-    if dtype not in DTYPES or gate_up_EFD.dtype != dtype or down_EDF.dtype != dtype:
-        raise NotImplementedError(f"{dtype} times {gate_up_EFD.dtype} and {down_EDF.dtype}")
+    for weight in (gate_up_EFD, down_EDF):
+        require_takeable(weight, dtype)
     if D % UNIT or F % UNIT:
         raise NotImplementedError(f"widths {D}, {F}: must be multiples of {UNIT}")
     require_cuda()
@@ -90,12 +111,13 @@ def expert_parts(
     order_M, tiles_G3, num_tiles = _plan(expert_ids_Tk, num_tokens, E, rows)
     G = tiles_G3.shape[0]
     precision = "ieee"  # float32 means float32: not TF32, which is Triton's default
-    tile = gate_up_tiling(rows, T * k, D, dtype.itemsize)
+    codes = kernel_codes(gate_up_EFD)
+    tile = packed_tiling(rows) if codes else gate_up_tiling(rows, T * k, D, dtype.itemsize)
     (h_MF,) = triton_call(
         gate_up_of_experts,
         (
             x_TD,
-            gate_up_EFD,
+            *kernel_arrays(gate_up_EFD),
             x_TD if gate_up_bias_EF is None else gate_up_bias_EF,
             order_M,
             tiles_G3,
@@ -105,7 +127,8 @@ def expert_parts(
         grid=(G * -(-F // tile.outputs),),
         constants={
             "D": D, "F": F, "TOP_K": k, "BF": tile.outputs, "ROWS": rows, "BK": tile.depth,
-            "STAGES": tile.schedule.num_stages, "HAS_BIAS": gate_up_bias_EF is not None,
+            "STAGES": tile.schedule.num_stages, "CODES": codes,
+            "HAS_BIAS": gate_up_bias_EF is not None,
             "ALPHA": 0.0 if activation is None else float(activation.alpha),
             "LIMIT": 0.0 if activation is None else float(activation.limit),
             "UP_OFFSET": 0.0 if activation is None else float(activation.up_offset),
@@ -114,12 +137,13 @@ def expert_parts(
         schedule=tile.schedule,
     )  # fmt: skip
     is_wide = k > 1 and T <= FEW_TOKENS and not is_batch_invariant()
-    tile = down_tiling(rows, T * k, F, dtype.itemsize)
+    codes = kernel_codes(down_EDF)
+    tile = packed_tiling(rows) if codes else down_tiling(rows, T * k, F, dtype.itemsize)
     (parts_kTD,) = triton_call(
         down_of_experts,
         (
             h_MF,
-            down_EDF,
+            *kernel_arrays(down_EDF),
             x_TD if down_bias_ED is None else down_bias_ED,
             weights_Tk.astype(jnp.float32),
             order_M,
@@ -130,7 +154,7 @@ def expert_parts(
         grid=(G * -(-D // tile.outputs),),
         constants={
             "T": T, "D": D, "F": F, "TOP_K": k, "BF": tile.outputs, "ROWS": rows,
-            "BK": tile.depth, "STAGES": tile.schedule.num_stages,
+            "BK": tile.depth, "STAGES": tile.schedule.num_stages, "CODES": codes,
             "HAS_BIAS": down_bias_ED is not None, "PRECISION": precision,
         },
         schedule=tile.schedule,

@@ -7,6 +7,8 @@ their experts, and that order is cut into tiles of one expert each.
 import triton
 import triton.language as tl
 
+from jengine.pallas_kernels.packed_kernels import dot_packed
+
 
 @triton.jit
 def plan_experts(
@@ -58,9 +60,20 @@ def plan_experts(
 
 
 @triton.jit
+def within(is_row, start, DEPTH: tl.constexpr, BK: tl.constexpr):
+    """The mask of a tile of rows. Only the last tile may end past the depth."""
+    if DEPTH % BK == 0:
+        mask = is_row[:, None]
+    else:
+        mask = is_row[:, None] & (start + tl.arange(0, BK) < DEPTH)[None, :]
+    return mask
+
+
+@triton.jit
 def gate_up_of_experts(
     x_ptr,  # [T, D]
-    w_ptr,  # [E, 2 F, D]: gate above up
+    w_ptr,  # [E, 2 F, D]: gate above up; or its codes
+    scales_ptr,  # of codes; else anything
     bias_ptr,  # [E, 2 F], or anything
     order_ptr,  # i32[M]
     tiles_ptr,  # i32[G, 3]
@@ -74,6 +87,7 @@ def gate_up_of_experts(
     ROWS: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    CODES: tl.constexpr,  # "": the weights are an array
     HAS_BIAS: tl.constexpr,
     ALPHA: tl.constexpr,  # 0: SwiGLU; else `ClampedSwiGLU`
     LIMIT: tl.constexpr,
@@ -98,11 +112,17 @@ def gate_up_of_experts(
     x_at = x_ptr + token.to(tl.int64)[:, None] * D + k[None, :]
     gate = tl.zeros([BF, ROWS], tl.float32)
     up = tl.zeros([BF, ROWS], tl.float32)
-    for _ in tl.range(0, D, BK, num_stages=STAGES):
-        x = tl.trans(tl.load(x_at, mask=is_pair[:, None], other=0.0))
-        gate = tl.dot(tl.load(gate_at, mask=in_f[:, None]), x, gate, input_precision=PRECISION)
-        up = tl.dot(tl.load(gate_at + F * D, mask=in_f[:, None]), x, up, input_precision=PRECISION)
-        gate_at += BK
+    for start in tl.range(0, D, BK, num_stages=STAGES):
+        x = tl.trans(tl.load(x_at, mask=within(is_pair, start, D, BK), other=0.0))
+        if CODES == "":
+            gate = tl.dot(tl.load(gate_at, mask=in_f[:, None]), x, gate, input_precision=PRECISION)
+            up_at = gate_at + F * D
+            up = tl.dot(tl.load(up_at, mask=in_f[:, None]), x, up, input_precision=PRECISION)
+            gate_at += BK
+        else:
+            first = expert * (2 * F)
+            gate = dot_packed(gate, w_ptr, scales_ptr, first, f, in_f, x, start, D, BK, CODES)
+            up = dot_packed(up, w_ptr, scales_ptr, first + F, f, in_f, x, start, D, BK, CODES)
         x_at += BK
     if HAS_BIAS:
         bias_at = bias_ptr + expert * (2 * F) + f
@@ -124,7 +144,8 @@ def gate_up_of_experts(
 @triton.jit
 def down_of_experts(
     h_ptr,  # [M, F], in the order of `order`
-    w_ptr,  # [E, D, F]
+    w_ptr,  # [E, D, F]; or its codes
+    scales_ptr,  # of codes; else anything
     bias_ptr,  # [E, D], or anything
     weights_ptr,  # f32[M]: of pairs
     order_ptr,  # i32[M]
@@ -140,6 +161,7 @@ def down_of_experts(
     ROWS: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    CODES: tl.constexpr,  # "": the weights are an array
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -158,10 +180,13 @@ def down_of_experts(
     w_at = w_ptr + (expert * D + d)[:, None] * F + k[None, :]
     h_at = h_ptr + place.to(tl.int64)[:, None] * F + k[None, :]
     acc = tl.zeros([BF, ROWS], tl.float32)
-    for _ in tl.range(0, F, BK, num_stages=STAGES):
-        h = tl.trans(tl.load(h_at, mask=is_pair[:, None], other=0.0))
-        acc = tl.dot(tl.load(w_at, mask=in_d[:, None]), h, acc, input_precision=PRECISION)
-        w_at += BK
+    for start in tl.range(0, F, BK, num_stages=STAGES):
+        h = tl.trans(tl.load(h_at, mask=within(is_pair, start, F, BK), other=0.0))
+        if CODES == "":
+            acc = tl.dot(tl.load(w_at, mask=in_d[:, None]), h, acc, input_precision=PRECISION)
+            w_at += BK
+        else:
+            acc = dot_packed(acc, w_ptr, scales_ptr, expert * D, d, in_d, h, start, F, BK, CODES)
         h_at += BK
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * D + d, mask=in_d, other=0.0).to(tl.float32)[:, None]

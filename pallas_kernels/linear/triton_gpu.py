@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jengine.pallas_kernels.packed import Weight, kernel_arrays, kernel_codes
 from jengine.pallas_kernels.platform import is_hopper
 from jengine.pallas_kernels.triton_call import Schedule, triton_call
 
@@ -81,8 +82,8 @@ def linear(
     tile = head_tiling(T, D) if is_head else tiling(T, F, D)
     out_dtype = x_TD.dtype if out_dtype is None else jnp.dtype(out_dtype)
     if bias_F is None:
-        return _multiply(x_TD, w_FD, F, tile, gated=False, out_dtype=out_dtype)
-    y_TF = _multiply(x_TD, w_FD, F, tile, gated=False, out_dtype=jnp.dtype(jnp.float32))
+        return multiply(x_TD, w_FD, F, tile, gated=False, out_dtype=out_dtype)
+    y_TF = multiply(x_TD, w_FD, F, tile, gated=False, out_dtype=jnp.dtype(jnp.float32))
     return (y_TF + bias_F.astype(jnp.float32)[None, :]).astype(out_dtype)
 
 
@@ -93,7 +94,7 @@ def silu_linear(
     _require_few_rows(x_TD, w_F2D, MAX_GATED_ROWS)
     F = w_F2D.shape[0] // 2
     tile = gated_tiling(*x_TD.shape)
-    return _multiply(x_TD, w_F2D, F, tile, gated=True, out_dtype=x_TD.dtype)
+    return multiply(x_TD, w_F2D, F, tile, gated=True, out_dtype=x_TD.dtype)
 
 
 def _require_few_rows(x_TD: jax.Array, w_FD: jax.Array, max_rows: int) -> None:
@@ -105,21 +106,25 @@ def _require_few_rows(x_TD: jax.Array, w_FD: jax.Array, max_rows: int) -> None:
         raise NotImplementedError("tuned for Hopper")
 
 
-def _multiply(
-    x_TD: jax.Array,
-    w_FD: jax.Array,
+def multiply(
+    x_TX: jax.Array,
+    w_FD: Weight,
     outputs: int,
     tile: Tiling,
     *,
     gated: bool,
     out_dtype: DTypeLike,
+    heads: int = 1,
 ) -> jax.Array:
+    """[T, outputs] in `out_dtype`. With `heads` the outputs are those of so many, one after
+    another, and so are the inputs.
+    """
     from jengine.pallas_kernels.linear.triton_kernels import multiply_rows
 
-    T, D = x_TD.shape
+    T, D = x_TX.shape[0], w_FD.shape[1]
     return triton_call(
         multiply_rows,
-        (x_TD, w_FD),
+        (x_TX, *kernel_arrays(w_FD)),
         [jax.ShapeDtypeStruct((T, outputs), out_dtype)],
         grid=(-(-outputs // tile.outputs) * -(-T // tile.tokens),),
         constants={
@@ -130,7 +135,9 @@ def _multiply(
             "BT": tile.tokens,
             "BK": tile.depth,
             "GATED": gated,
+            "HEADS": heads,
             "STAGES": tile.schedule.num_stages,
+            "CODES": kernel_codes(w_FD),
         },
         schedule=tile.schedule,
     )[0]

@@ -98,10 +98,41 @@ def test_products_of_few_rows(
     assert depth % tile.depth == 0
     constants = {
         "T": tokens, "F": outputs, "D": depth, "BF": tile.outputs, "BT": tile.tokens,
-        "BK": tile.depth, "GATED": gated, "STAGES": tile.schedule.num_stages,
+        "BK": tile.depth, "GATED": gated, "STAGES": tile.schedule.num_stages, "HEADS": 1,
+        "CODES": "",
     }  # fmt: skip
-    compiled = compile_for_hopper(multiply_rows, ("*bf16",) * 3, constants, tile.schedule)
+    compiled = compile_for_hopper(multiply_rows, ("*bf16",) * 4, constants, tile.schedule)
     check_streams(compiled, tmp_path)
+
+
+# DeepSeek-V4-Flash's: (codes, scales, outputs, depth, heads, gated)
+PACKED = [
+    ("e4m3", "*u8", 32768, 1024, 1, False),
+    ("e4m3", "*u8", 1024, 4096, 1, False),
+    ("e4m3", "*u8", 8192, 4096, 8, False),
+    ("e4m3", "*fp32", 2048, 7168, 1, True),
+    ("e2m1", "*u8", 4096, 2048, 1, False),
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 64, 128])
+@pytest.mark.parametrize(("codes", "scales", "outputs", "depth", "heads", "gated"), PACKED)
+def test_products_with_packed_weights(
+    tokens: int, codes: str, scales: str, outputs: int, depth: int, heads: int, gated: bool,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    from jengine.pallas_kernels.linear import packed_gpu
+    from jengine.pallas_kernels.linear.triton_kernels import multiply_rows
+
+    tile = packed_gpu.tiling(tokens)
+    constants = {
+        "T": tokens, "F": outputs, "D": depth, "BF": tile.outputs, "BT": tile.tokens,
+        "BK": tile.depth, "GATED": gated, "STAGES": tile.schedule.num_stages,
+        "HEADS": heads, "CODES": codes,
+    }  # fmt: skip
+    pointers = ("*bf16", "*u8", scales, "*bf16")
+    compiled = compile_for_hopper(multiply_rows, pointers, constants, tile.schedule)
+    check_unpacks(compiled, codes, tmp_path)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 128])
@@ -113,8 +144,9 @@ def test_heads(tokens: int, tmp_path: Path) -> None:
     constants = {
         "T": tokens, "F": 128256, "D": 4096, "BF": tile.outputs, "BT": tile.tokens,
         "BK": tile.depth, "GATED": False, "STAGES": tile.schedule.num_stages,
+        "HEADS": 1, "CODES": "",
     }  # fmt: skip
-    pointers = ("*bf16", "*bf16", "*fp32")
+    pointers = ("*bf16", "*bf16", "*bf16", "*fp32")
     check_streams(compile_for_hopper(multiply_rows, pointers, constants, tile.schedule), tmp_path)
 
 
@@ -124,27 +156,65 @@ def test_heads(tokens: int, tmp_path: Path) -> None:
 def test_experts(
     kernel: str, tokens: int, embed: int, mlp: int, top_k: int, experts: int, tmp_path: Path
 ) -> None:
-    from jengine.pallas_kernels.grouped_matmul import triton_gpu, triton_kernels
+    from jengine.pallas_kernels.grouped_matmul import triton_gpu
 
     rows = triton_gpu.tile_rows(tokens, top_k, experts)
     is_down = kernel == PAIR_KERNELS[1]
     tiling = triton_gpu.down_tiling if is_down else triton_gpu.gate_up_tiling
     tile = tiling(rows, tokens * top_k, mlp if is_down else embed, 2)
     assert (mlp if is_down else embed) % tile.depth == 0
+    compiled = compile_experts(kernel, tokens, embed, mlp, top_k, rows, tile)
+    check_streams(compiled, tmp_path)
+
+
+# (codes, D, F, top_k, E): of DeepSeek-V4-Flash, gpt-oss, DeepSeek-V3
+PACKED_EXPERTS = [
+    ("e2m1", 4096, 2048, 6, 256),
+    ("e2m1", 2880, 2880, 4, 32),
+    ("e4m3", 7168, 2048, 8, 256),
+]
+
+
+@pytest.mark.parametrize("kernel", PAIR_KERNELS)
+@pytest.mark.parametrize("tokens", [1, 64, 1024, 2048, 8192])
+@pytest.mark.parametrize(("codes", "embed", "mlp", "top_k", "experts"), PACKED_EXPERTS)
+def test_packed_experts(
+    kernel: str, tokens: int, codes: str, embed: int, mlp: int, top_k: int, experts: int,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    from jengine.pallas_kernels.grouped_matmul import triton_gpu
+
+    rows = triton_gpu.tile_rows(tokens, top_k, experts)
+    tile = triton_gpu.packed_tiling(rows)
+    compiled = compile_experts(kernel, tokens, embed, mlp, top_k, rows, tile, codes)
+    check_unpacks(compiled, codes, tmp_path)
+
+
+def compile_experts(
+    kernel: str,
+    tokens: int,
+    embed: int,
+    mlp: int,
+    top_k: int,
+    rows: int,
+    tile: Any,
+    codes: str = "",
+) -> Any:
+    from jengine.pallas_kernels.grouped_matmul import triton_kernels
+
+    is_down = kernel == PAIR_KERNELS[1]
     constants = {
         "D": embed, "F": mlp, "TOP_K": top_k, "BF": tile.outputs, "ROWS": rows, "BK": tile.depth,
-        "STAGES": tile.schedule.num_stages, "HAS_BIAS": True, "PRECISION": "ieee",
+        "STAGES": tile.schedule.num_stages, "CODES": codes, "HAS_BIAS": True, "PRECISION": "ieee",
     } | ({"T": tokens} if is_down else {"ALPHA": 1.7, "LIMIT": 7.0, "UP_OFFSET": 1.0})  # fmt: skip
     data, index = "*bf16", "*i32"
+    weights = ("*u8", "*u8") if codes else (data, data)
     pointers = (
-        (data, data, data, "*fp32", index, index, index, "*fp32")
+        (data, *weights, data, "*fp32", index, index, index, "*fp32")
         if is_down
-        else (data, data, data, index, index, index, data)
+        else (data, *weights, data, index, index, index, data)
     )
-    check_streams(
-        compile_for_hopper(getattr(triton_kernels, kernel), pointers, constants, tile.schedule),
-        tmp_path,
-    )
+    return compile_for_hopper(getattr(triton_kernels, kernel), pointers, constants, tile.schedule)
 
 
 @pytest.mark.parametrize("heads", [16, 32, 128])
@@ -202,6 +272,15 @@ def check_streams(compiled: Any, folder: Path, programs: int = 1) -> None:
     assert "cp.async" in compiled.ptx
     assert "mma" in compiled.ptx
     assert spilled_bytes(compiled.ptx, folder) == 0
+
+
+def check_unpacks(compiled: Any, codes: str, folder: Path) -> None:
+    """As above; what is unpacked goes into the warpgroup's product from registers, without a way
+    through shared memory."""
+    check_streams(compiled, folder)
+    assert "wgmma.mma_async" in compiled.ptx
+    assert ("mul.bf16x2" if codes == "e2m1" else "cvt.rn.f16x2.e4m3x2") in compiled.ptx
+    assert "ldmatrix" not in compiled.ptx
 
 
 def spilled_bytes(ptx: str, folder: Path) -> int:

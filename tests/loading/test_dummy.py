@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jengine.layers.param import Initializer, ParamInfo
+from jengine.layers.param import Initializer, PackedParam, ParamInfo, abstract_parameters
 from jengine.loading import dummy
 from jengine.loading.dummy import compile_here, dummy_parameters, dummy_programs
+from jengine.pallas_kernels.packed import FP8_BLOCKS, FP8_FLOAT_BLOCKS, MXFP4, PackedWeight
+from jengine.pallas_kernels.packed_cases import defined_values
 from jengine.sharding.placement import Placement
 from jengine.sharding.split import Split
 
@@ -55,6 +57,20 @@ def test_distribution_and_dtypes() -> None:
     assert {name: value.dtype.name for name, value in drawn.items()} == {
         name: entry.dtype for name, entry in ABSTRACT.items()
     }
+
+
+def test_packed_weights_have_the_size_of_others() -> None:
+    """No NaN among them, every code that may be, and neighbours with other scales."""
+    for packing in (MXFP4, FP8_BLOCKS, FP8_FLOAT_BLOCKS):
+        abstract = abstract_parameters(PackedParam((4, 64, 512), (None, None, None), packing))
+        drawn = draw(dict(abstract))
+        weight = PackedWeight(drawn["codes"], drawn["scales"], packing)  # pyright: ignore
+        values = defined_values(weight)
+        assert values.shape == (4, 64, 512)
+        assert 0.015 < values.std() < 0.025 and abs(values.mean()) < 4 * 0.02 / values.size**0.5
+        assert len(np.unique(drawn["codes"])) == (256 if packing is MXFP4 else 64)
+        assert len(np.unique(drawn["scales"])) == 2
+        assert drawn["scales"].dtype.name == packing.scale_dtype
 
 
 def test_chunks_fill_every_row_with_other_numbers(small_chunks: None) -> None:

@@ -3,22 +3,30 @@ the text with the same bits, and the experts that each token of each layer goes 
 """
 
 import fnmatch
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from jengine.config import EngineConfig
 from jengine.errors import LoadError
 from jengine.input_processor import TokensPrompt
 from jengine.kv_spec import build_groups
 from jengine.layers import moe
 from jengine.layers.param import abstract_parameters
 from jengine.llm import LLM
+from jengine.models.loader import load_parameters, open_model
 from jengine.models.registry import resolve_architecture
 from jengine.request import SamplingParams
+from jengine.sharding.placement import Placement
+from jengine.sharding.split import Split
+from tests.loading.test_block_scales import write_tensors
 from tests.models.cases import by_default
 from tests.oracles.tiny_llama import make_tiny_llama
 
@@ -237,3 +245,35 @@ def test_what_is_not_supported_is_refused(architecture: str, field: str, value: 
         del fields["topk_method"]
     with pytest.raises(LoadError, match=field):
         read_config(architecture, fields)
+
+
+def test_v3_in_fp8_is_dequantised_at_load(tmp_path: Path) -> None:
+    """As published: blocks of 128 x 128 with float32 scales, of all linear maps but routers."""
+    make_tiny_llama(tmp_path / "exact", **CASES["v3"])
+    exact = load_file(tmp_path / "exact" / "model.safetensors")
+    packed, rng = dict(exact), np.random.default_rng(0)
+    for name, weight in exact.items():
+        if not name.endswith("proj.weight") and "kv_a_proj" not in name:
+            continue
+        scale = rng.uniform(0.01, 0.02, [-(-n // 128) for n in weight.shape]).astype(np.float32)
+        per_value = scale.repeat(128, 0).repeat(128, 1)[: len(weight), : weight.shape[1]]
+        packed[name] = (weight / per_value).astype(ml_dtypes.float8_e4m3fn)
+        packed[name + "_scale_inv"] = scale
+        exact[name] = packed[name].astype(np.float32) * per_value
+    assert len(packed) > len(exact) + 40
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    config = json.loads((tmp_path / "exact" / "config.json").read_text())
+    for folder, tensors in (("exact", exact), ("packed", packed)):
+        write_tensors(tmp_path / folder, tensors)
+    config["quantization_config"] = quantization
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    placement = Placement(Split(), (jax.devices()[0],))
+    expected, got = (
+        load_parameters(
+            open_model(EngineConfig.from_kwargs(str(tmp_path / folder), dequantize=True)), placement
+        )
+        for folder in ("exact", "packed")
+    )
+    assert got.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(np.asarray(got[path]), np.asarray(value), path)

@@ -4,11 +4,14 @@ and states hold NaN.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jengine.request import Request, SamplingParams
+from tests.loading.test_block_scales import write_quantised
 from tests.oracles.deepseek_v4 import GOLDEN, golden
 from tests.oracles.driver import Driver
 
@@ -54,6 +57,24 @@ def test_logits_and_bits_however_the_text_is_cut(name: str) -> None:
     outside = np.asarray(driver.runner.hidden_states(data["input_ids"][1].tolist()), np.float64)
     logits = outside @ np.asarray(driver.runner.model.head, np.float64).T
     assert np.abs(logits - data["logits"][1]).max() <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_weights_give_the_bits_of_unpacked_ones(tmp_path: Path, dtype: str) -> None:
+    """Of a checkpoint as published, by one chunk and decodes."""
+    _, folder = write_quantised(tmp_path)
+    ids = golden("tinyA")["input_ids"][0, :24].tolist()
+    options: dict[str, Any] = dict(
+        max_model_len=32, num_pages=8, max_num_seqs=1, prefill_buckets=(20,), decode_buckets=(1,),
+        max_num_batched_tokens=20, dtype=dtype,
+    )  # fmt: skip
+    packed, unpacked = (Driver(folder, dequantize=flag, **options) for flag in (False, True))
+    sizes = [sum(x.nbytes for x in driver.runner.leaves) for driver in (packed, unpacked)]
+    assert sizes[0] < sizes[1] / (1.7 if dtype == "float32" else 1.2)
+    logits = [driver.logits(ids, [20, 1, 1, 1, 1]) for driver in (packed, unpacked)]
+    np.testing.assert_array_equal(packed.hidden, unpacked.hidden)
+    np.testing.assert_array_equal(logits[0], logits[1])
 
 
 def serve(driver: Driver, requests: Sequence[Request]) -> dict[str, np.ndarray]:

@@ -66,6 +66,7 @@ _patch_tensor = interpreter._patch_lang_tensor
 _convert = interpreter._convert_float
 _builder: Any = interpreter.InterpreterBuilder
 _dot = _builder.create_dot
+_multiply = _builder.create_fmul
 
 
 def _patch_tensor_for_numpy_2_4(tensor: Any, scope: Any) -> None:
@@ -94,6 +95,32 @@ def _dot_bfloat16(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
     return _dot(self, *wide, d, *rest)
 
 
+def _multiply_bfloat16(self: Any, a: Any, b: Any) -> Any:
+    """And here."""
+    if a.dtype.scalar != tl.bfloat16:
+        return _multiply(self, a, b)
+    product = (_as_float64(a.data) * _as_float64(b.data)).astype(ml_dtypes.bfloat16)
+    return interpreter.TensorHandle(product.view(np.uint16), tl.bfloat16)
+
+
+def _bfloat16(self: Any, value: float) -> Any:
+    """It has no such constants."""
+    data = np.array([value], ml_dtypes.bfloat16).view(np.uint16)
+    return interpreter.TensorHandle(data, tl.bfloat16)
+
+
+def _as_float64(bits: np.ndarray) -> np.ndarray:
+    """Of bfloat16, without a float on the way: XLA's threads flush subnormal ones, as the hardware
+    does not."""
+    exponent, fraction = (bits >> 7).astype(np.int32) & 0xFF, (bits & 0x7F).astype(np.float64)
+    fraction = np.where(exponent > 0, fraction + 128, fraction)
+    size = np.ldexp(fraction, np.maximum(exponent, 1) - 134)
+    size = np.where(exponent == 255, np.where(fraction > 128, np.nan, np.inf), size)
+    return np.where(bits >> 15, -size, size)
+
+
 interpreter._patch_lang_tensor = _patch_tensor_for_numpy_2_4
 interpreter._convert_float = _convert_bfloat16
 _builder.create_dot = _dot_bfloat16
+_builder.create_fmul = _multiply_bfloat16
+_builder.get_bf16 = _bfloat16

@@ -15,6 +15,8 @@ from jengine.pallas_kernels.grouped_matmul.cases import CASES, Case
 from jengine.pallas_kernels.grouped_matmul.tiles import build_tiles, tile_rows
 from jengine.pallas_kernels.linear import cpu_ffi
 from jengine.pallas_kernels.linear import reference as linear_reference
+from jengine.pallas_kernels.packed import FP8_BLOCKS, FP8_FLOAT_BLOCKS, MXFP4
+from jengine.pallas_kernels.packed_cases import defined_values
 from jengine.pallas_kernels.silu_mul import reference as silu_reference
 
 CLAMPED = ClampedSwiGLU(alpha=1.7, limit=0.8)
@@ -27,6 +29,17 @@ INTERPRETED = (
     Case(70, 1, 3, 64, 64, "float32"),
     Case(64, 8, 32, 64, 192),
     Case(600, 2, 4, 64, 64),
+    Case(1, 2, 6, 128, 64, packing=MXFP4),
+    Case(33, 2, 5, 192, 64, packing=MXFP4),  # depths that end inside a tile
+    Case(300, 2, 4, 256, 128, packing=MXFP4),
+    Case(20, 2, 5, 256, 128, packing=FP8_BLOCKS),
+    Case(3, 2, 5, 128, 128, packing=FP8_FLOAT_BLOCKS),
+)
+ON_DEVICE = (  # at widths of models
+    Case(8, 6, 12, 2048, 1024, packing=MXFP4),
+    Case(200, 4, 6, 2880, 576, packing=MXFP4),
+    Case(700, 2, 4, 1024, 512, packing=MXFP4),
+    Case(64, 4, 8, 1024, 512, packing=FP8_FLOAT_BLOCKS),
 )
 EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
 
@@ -222,12 +235,19 @@ def check(backend: ModuleType, case: Case) -> None:
         rng.standard_normal(gate_up.shape[:2], np.float32).astype(case.dtype),
         rng.standard_normal(down.shape[:2], np.float32).astype(case.dtype),
     )
-    poisoned = gate_up.copy()
-    poisoned[np.setdiff1d(np.arange(case.experts), ids[:num_tokens])] = np.nan
+    untouched = np.setdiff1d(np.arange(case.experts), ids[:num_tokens])
+    if case.packing is None:
+        poisoned, given_down = gate_up.copy(), down
+        poisoned[untouched] = np.nan
+    else:
+        poisoned, given_down = case.build_packed()
+        # What kernels multiply by is the bfloat16 nearest to a weight.
+        gate_up, down = (defined_values(w).astype(case.dtype) for w in (poisoned, given_down))
+        poisoned.scales[untouched] = 255 if case.packing.scale_dtype == "uint8" else np.nan
     call = jax.jit(backend.expert_parts, static_argnames=("activation", "num_experts"))
     for activation, bias in ((None, (None, None)), (CLAMPED, biases), (CLAMPED_ONLY, biases)):
         parts = call(
-            x, ids, weights, poisoned, down, num_tokens=jnp.int32(num_tokens),
+            x, ids, weights, poisoned, given_down, num_tokens=jnp.int32(num_tokens),
             gate_up_bias_EF=bias[0], down_bias_ED=bias[1], activation=activation,
         )  # fmt: skip
         out = np.asarray(parts).astype(np.float64).sum(0)[:num_tokens]
@@ -240,21 +260,22 @@ def check(backend: ModuleType, case: Case) -> None:
         error = np.abs(out - expected).max()
         assert error <= tolerance * np.abs(expected).max(), (activation, error)
     if case.experts > 1:
-        check_share(call, case, (x, ids, weights, poisoned, down), num_tokens)
+        args = (x, ids, weights, gate_up, down)
+        check_share(call, case, args, (poisoned, given_down), num_tokens)
 
 
-def check_share(call: Callable, case: Case, args: tuple, num_tokens: int) -> None:
+def check_share(call: Callable, case: Case, args: tuple, given: tuple, num_tokens: int) -> None:
     """The first half of the experts, of which other ranks hold the rest."""
     x, ids, weights, gate_up, down = args
     half = case.experts // 2
     ours = np.where(ids < half, ids, half).astype(np.int32)
+    first_half = jax.tree.map(lambda x: x[:half], given)
     parts = call(
-        x, ours, weights, gate_up[:half], down[:half], num_tokens=jnp.int32(num_tokens),
+        x, ours, weights, *first_half, num_tokens=jnp.int32(num_tokens),
         num_experts=case.experts,
     )  # fmt: skip
     out = np.asarray(parts).astype(np.float64).sum(0)[:num_tokens]
     rest = np.where(ids < half, weights, 0)
-    safe = np.nan_to_num(gate_up.astype(np.float32))
-    expected = float64(x, ids, rest, safe, down)[:num_tokens]
+    expected = float64(x, ids, rest, gate_up, down)[:num_tokens]
     tolerance = 4 * EPS[case.dtype] * case.top_k**0.5 + 8 * EPS["float32"] * case.embed
     assert np.abs(out - expected).max() <= tolerance * max(np.abs(expected).max(), 1.0)

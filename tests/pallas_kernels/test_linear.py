@@ -11,15 +11,33 @@ import pytest
 
 from jengine.pallas_kernels.linear import api
 from jengine.pallas_kernels.linear.cases import CASES, Case
+from jengine.pallas_kernels.packed import FP8_BLOCKS, FP8_FLOAT_BLOCKS, MXFP4, Packing, split_rows
+from jengine.pallas_kernels.packed_cases import defined_values, random_packed
 
 OPERATION = "linear"
 EPS = {"bfloat16": 2.0**-8, "float32": 2.0**-23}
 # (rows, depth, outputs)
 PRODUCTS = ((1, 1024, 96), (5, 576, 200), (16, 4096, 64), (40, 1536, 70), (64, 192, 130))
 HEAD = ("linear", 65, 64, 49152)  # more rows than others
+PACKED = (  # the same with packed weights; of heads, the outputs of each
+    ("linear", 1, 1024, 96, FP8_BLOCKS),
+    ("linear", 100, 384, 130, FP8_FLOAT_BLOCKS),
+    ("linear", 5, 1024, 70, FP8_BLOCKS),
+    ("linear", 40, 256, 64, MXFP4),
+    ("silu_linear", 20, 384, 200, FP8_BLOCKS),
+    ("linear_heads", 3, 128, 64, FP8_BLOCKS),
+    ("linear_heads", 40, 1024, 128, MXFP4),
+)
 INTERPRETED = (
     *((kind, *p) for kind in ("linear", "silu_linear") for p in PRODUCTS),
     HEAD,
+    *PACKED,
+)
+ON_DEVICE = (
+    ("linear", 1, 4096, 1024, FP8_BLOCKS),
+    ("linear", 128, 1024, 8192, FP8_BLOCKS),
+    ("linear_heads", 64, 4096, 1024, FP8_BLOCKS),
+    ("linear", 8, 2048, 4096, MXFP4),
 )
 ROW_COUNTS = (1, 2, 3, 4, 7, 8, 9, 13, 16, 31, 100)
 
@@ -80,13 +98,68 @@ def test_other_dtypes_are_left_to_the_reference() -> None:
     np.testing.assert_array_equal(np.asarray(linear(x, w)), 8.0)
 
 
-@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+@pytest.mark.parametrize("case", [c for c in INTERPRETED if c not in PACKED], ids=str)
 def test_products_that_others_complete(case: tuple[str, int, int, int]) -> None:
     check(api, case)
 
 
-def check(backend: ModuleType, case: tuple[str, int, int, int]) -> None:
+def check_packed(backend: ModuleType, case: tuple[str, int, int, int, Packing]) -> None:
+    """Every weight that a row of the unit matrix picks has the bits of its definition; sums are
+    those of float64."""
+    kind, rows, depth, outputs, packing = case
+    heads = 3 if kind == "linear_heads" else 1
+    size = (2 if kind == "silu_linear" else heads) * outputs
+    weight = random_packed((size, depth), packing, size=depth**-0.5)
+    values = defined_values(weight).astype(ml_dtypes.bfloat16).astype(np.float64)
+    run = jax.jit(getattr(backend, kind))
+
+    def product(x: np.ndarray) -> np.ndarray:
+        given = weight if heads == 1 else split_rows(weight, heads)
+        inputs = x if heads == 1 else x.reshape(len(x), heads, depth)
+        return np.asarray(run(inputs, given, num_tokens=jnp.int32(len(x))), np.float64)
+
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((rows, heads * depth), np.float32).astype(ml_dtypes.bfloat16)
+    noise = 4 * EPS["float32"] * depth**0.5
+    out = product(x)
+    if heads > 1:
+        parts = [
+            x[:, i * depth : (i + 1) * depth].astype(np.float64)
+            @ values[i * outputs : (i + 1) * outputs].T
+            for i in range(heads)
+        ]
+        expected = np.stack(parts, axis=1)
+    else:
+        expected = x.astype(np.float64) @ values.T
+    if kind == "silu_linear":
+        check_gated(out, expected, noise)
+        return
+    np.testing.assert_array_less(np.abs(out - expected), noise + EPS["bfloat16"] * np.abs(expected))
+    for start in range(0, depth, rows):
+        one_hot = np.zeros((rows, heads, depth), ml_dtypes.bfloat16)
+        k = np.arange(start, min(start + rows, depth))
+        one_hot[np.arange(len(k)), :, k] = 1
+        picked = product(one_hot.reshape(rows, -1))
+        np.testing.assert_array_equal(picked.reshape(rows, -1)[: len(k)], values[:, k].T)
+        if start > 2 * 128:
+            break
+
+
+def check_gated(out: np.ndarray, product: np.ndarray, noise: float) -> None:
+    gate, up = np.split(product, 2, axis=1)
+    expected = gate / (1.0 + np.exp(-gate)) * up
+    # The slope of silu is at most 1.1: half a unit of gate, of up, of the result.
+    size = np.abs(1.1 * gate * up) + 2 * np.abs(expected)
+    np.testing.assert_array_less(np.abs(out - expected), noise + EPS["bfloat16"] * size * 1.01)
+
+
+def check(backend: ModuleType, case: tuple) -> None:
     """Gate and up are rounded before they are joined."""
+    if len(case) == 5:
+        from jengine.pallas_kernels.linear import packed_gpu
+
+        check_packed(packed_gpu, case)
+        return
     kind, rows, depth, outputs = case
     x, w, _ = Case(rows, depth, 2 * outputs if kind == "silu_linear" else outputs).build()
     x, w = x.astype(ml_dtypes.bfloat16), (w / depth**0.5).astype(ml_dtypes.bfloat16)
@@ -100,8 +173,4 @@ def check(backend: ModuleType, case: tuple[str, int, int, int]) -> None:
         assert out.shape == product.shape
         np.testing.assert_allclose(out, product, rtol=0, atol=noise)
         return
-    gate, up = np.split(product, 2, axis=1)
-    expected = gate / (1.0 + np.exp(-gate)) * up
-    # The slope of silu is at most 1.1: half a unit of gate, of up, of the result.
-    size = np.abs(1.1 * gate * up) + 2 * np.abs(expected)
-    np.testing.assert_array_less(np.abs(out - expected), noise + EPS["bfloat16"] * size * 1.01)
+    check_gated(out, product, noise)

@@ -21,6 +21,7 @@ from jengine.pallas_kernels.joint_attention import joint_attention
 from jengine.pallas_kernels.latent_write.api import latent_write
 from jengine.pallas_kernels.linear_heads.api import linear_heads
 from jengine.pallas_kernels.norm_and_rotate.api import norm_and_rotate
+from jengine.pallas_kernels.packed import split_rows
 
 
 class CompressedAttention(nnx.Module):
@@ -31,21 +32,27 @@ class CompressedAttention(nnx.Module):
     ) -> None:
         D, N, H, G = cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim, cfg.o_groups
         rank, dtype, eps = cfg.q_lora_rank, cfg.dtype, cfg.rms_norm_eps
+        packing = cfg.packing
         self.num_heads, self.head_dim, self.num_groups = N, H, G
         self.scale, self.norm_eps = cfg.attention_scale, eps
         self.compression, self.caches = compression, caches
-        self.wq_a = Linear(D, rank, (None, "embed"), dtype)
+        self.wq_a = Linear(D, rank, (None, "embed"), dtype, packing=packing)
         self.q_norm = WideRMSNorm(rank, eps, dtype)
-        self.wq_b = Linear(rank, N * H, ("heads", None), dtype)
-        self.wkv = Linear(D, H, (None, "embed"), dtype)
+        self.wq_b = Linear(rank, N * H, ("heads", None), dtype, packing=packing)
+        self.wkv = Linear(D, H, (None, "embed"), dtype, packing=packing)
         self.kv_norm = WideRMSNorm(H, eps, dtype, axis="head_dim")
         self.attn_sink = param((N,), ("heads",), "float32", init="zeros")
         # A group of heads is projected by its own rows, from its own values.
-        self.wo_a = Linear(N * H // G, G * cfg.o_lora_rank, ("heads", None), dtype)
-        self.wo_b = Linear(G * cfg.o_lora_rank, D, ("embed", "heads"), dtype)
+        rows, axes = G * cfg.o_lora_rank, ("heads", None)
+        self.wo_a = Linear(N * H // G, rows, axes, dtype, packing=packing)
+        self.wo_b = Linear(rows, D, ("embed", "heads"), dtype, packing=packing)
         self.compressor = None if compression is None else Compressor(D, H, compression, eps, dtype)
         sparse = compression if compression is not None and compression.is_sparse else None
-        self.indexer = None if sparse is None else Indexer(D, rank, cfg.index, sparse, eps, dtype)
+        self.indexer = (
+            None
+            if sparse is None
+            else Indexer(D, rank, cfg.index, sparse, eps, dtype, packing=packing)
+        )
 
     def __call__(self, x_TD: jax.Array, kv: list[jax.Array], context: StepContext) -> jax.Array:
         """Out [T, D]. Replaces its arrays in `kv`, which are consumed."""
@@ -137,6 +144,6 @@ class CompressedAttention(nnx.Module):
         heads found depends on distances only."""
         T, G = out_TNH.shape[0], self.num_groups
         grouped_TGX = rotate_tail(out_TNH, inverse(rotation)).reshape(T, G, -1)
-        wo_a_GRX = self.wo_a.weight[...].reshape(G, -1, grouped_TGX.shape[2])
+        wo_a_GRX = split_rows(self.wo_a.weight[...], G)
         rows_TGR = linear_heads(grouped_TGX, wo_a_GRX, num_tokens=num_tokens)
         return self.wo_b(rows_TGR.reshape(T, -1), num_tokens)

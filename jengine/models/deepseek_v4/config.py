@@ -9,9 +9,11 @@ from typing import Any, Self
 from jengine.errors import LoadError
 from jengine.layers.rope import RopeTable, build_rope
 from jengine.layers.sparse_mla import IndexConfig
+from jengine.loading.quantization import has_exponents, quant_method
 from jengine.models.config_fields import ConfigFields
 from jengine.models.sparse import SparseConfig
 from jengine.pallas_kernels.grouped_matmul.activation import ClampedSwiGLU
+from jengine.pallas_kernels.packed import FP8_BLOCKS, FP8_FLOAT_BLOCKS, MXFP4, Packing
 from jengine.pallas_kernels.route_experts.grouped import GroupedRouting
 from jengine.sharding.split import Split
 
@@ -62,6 +64,7 @@ class DeepseekV4Config(SparseConfig):
     num_hash_layers: int  # so many first layers choose experts by the token's id
     shared_intermediate_size: int
     num_nextn_predict_layers: int  # draft blocks in the checkpoint
+    packing: Packing | None  # of linear maps, but for small ones; None: they are arrays
 
     @classmethod
     def from_hf(
@@ -89,8 +92,10 @@ class DeepseekV4Config(SparseConfig):
             max_model_len=max_model_len,
         )
         limit = float(hf.get("swiglu_limit") or 0.0)
+        packing, experts_packing = _packings(hf)
         moe = dataclasses.replace(
             sparse.moe,
+            packing=experts_packing,
             activation=ClampedSwiGLU(1.0, limit, up_offset=0.0) if limit else None,
             grouped=GroupedRouting(
                 "sqrtsoftplus", scale=float(hf["routed_scaling_factor"]), has_bias=True
@@ -122,6 +127,7 @@ class DeepseekV4Config(SparseConfig):
             num_hash_layers=_num_hash_layers(hf),
             shared_intermediate_size=moe.moe_intermediate_size * fields.integer("n_shared_experts"),
             num_nextn_predict_layers=hf.get("num_nextn_predict_layers") or 0,
+            packing=packing,
         )
         if cfg.num_attention_heads % cfg.o_groups:
             raise LoadError(
@@ -131,13 +137,12 @@ class DeepseekV4Config(SparseConfig):
         return cfg
 
     def of_rank(self, split: Split) -> Self:
-        """Ranks of other tokens share the routed experts out; all else is whole on each of them."""
-        if split.expert * split.tensor > 1:
-            raise ValueError(
-                f"tensor_parallel_size ({split.expert * split.tensor}) must be 1 for DeepSeek-V4: "
-                "use data_parallel_size with enable_expert_parallel"
-            )
-        return super().of_rank(split)
+        size, field = self.shared_intermediate_size, "moe_intermediate_size times n_shared_experts"
+        return dataclasses.replace(
+            super().of_rank(split),
+            o_groups=split.share(self.o_groups, "heads", "o_groups"),
+            shared_intermediate_size=split.share(size, "mlp", field),
+        )
 
     def layer_rope(self, layer: int) -> RopeTable:
         return self.rope if self.compressions[layer] is None else self.compress_rope
@@ -164,6 +169,14 @@ def _check_supported(hf: Mapping[str, Any]) -> None:
         raise LoadError(
             f"config field 'quantization_config' has weight_block_size {block}, not [128, 128]"
         )
+
+
+def _packings(hf: Mapping[str, Any]) -> tuple[Packing | None, Packing | None]:
+    """(of linear maps, of routed experts)."""
+    if quant_method(hf) is None:
+        return None, None
+    packing = FP8_BLOCKS if has_exponents(hf) else FP8_FLOAT_BLOCKS
+    return packing, packing if hf.get("expert_dtype") == "fp8" else MXFP4
 
 
 def _ropes(

@@ -12,6 +12,7 @@ from jengine.layers.sparse_mla import IndexConfig
 from jengine.models.deepseek_v4.compressor import Compressor
 from jengine.models.deepseek_v4.config import Compression
 from jengine.models.deepseek_v4.rotary import Rotation, rotate_tail
+from jengine.pallas_kernels.packed import Packing
 from jengine.pallas_kernels.select_tokens.api import select_tokens
 
 
@@ -27,9 +28,12 @@ class Indexer(nnx.Module):
         compression: Compression,
         norm_eps: float,
         dtype: str,
+        *,
+        packing: Packing | None,
     ) -> None:
         self.index, self.ratio = index, compression.ratio
-        self.wq_b = Linear(rank, index.num_heads * index.head_dim, (None, None), dtype)
+        rows = index.num_heads * index.head_dim
+        self.wq_b = Linear(rank, rows, (None, None), dtype, packing=packing)
         # float32 as in V3.2: a few rows, which decide on which entries.
         self.weights_proj = Linear(dim, index.num_heads, (None, "embed"), "float32")
         self.compressor = Compressor(dim, index.head_dim, compression, norm_eps, dtype)

@@ -15,7 +15,7 @@ from jengine.layers.attention import AttentionMetadata
 from jengine.layers.linear import Linear
 from jengine.layers.norm import WideRMSNorm
 from jengine.loading.rules import WeightTable
-from jengine.models.decoder_weights import weight_rule
+from jengine.models.decoder_weights import linear_rules, weight_rule
 from jengine.models.deepseek_v4.caches import LayerCaches, cache_specs, window_spec
 from jengine.models.deepseek_v4.config import DeepseekV4Config
 from jengine.models.deepseek_v4.hyper_connections import HyperHead
@@ -31,8 +31,8 @@ class DraftBlock(DeepseekV4Layer):
         super().__init__(cfg, None, caches, by_id=False)
         D, eps = cfg.hidden_size, cfg.rms_norm_eps
         self.enorm, self.hnorm = WideRMSNorm(D, eps, cfg.dtype), WideRMSNorm(D, eps, cfg.dtype)
-        self.e_proj = Linear(D, D, ("embed", None), cfg.dtype)
-        self.h_proj = Linear(D, D, ("embed", None), cfg.dtype)
+        self.e_proj = Linear(D, D, ("embed", None), cfg.dtype, packing=cfg.packing)
+        self.h_proj = Linear(D, D, ("embed", None), cfg.dtype, packing=cfg.packing)
         self.hc_head = HyperHead(D, cfg.hyper, eps)
         self.norm = WideRMSNorm(D, eps, cfg.dtype)
 
@@ -88,6 +88,12 @@ class DeepseekV4MTPForCausalLM(DeepseekV4ForCausalLM):
                 *layer_rules(cfg, block),
                 *head_rules(cfg, block, block),
                 *(weight_rule(block + name, block + name, D) for name in norms),
-                *(weight_rule(block + name, block + name, D, D) for name in projections),
+                *(
+                    rule
+                    for name in projections
+                    for rule in linear_rules(
+                        block + name, block + name, D, D, bias=False, packing=cfg.packing
+                    )
+                ),
             )
         )

@@ -6,7 +6,7 @@ import numpy as np
 
 from jengine.errors import LoadError
 from jengine.loading.rules import WeightRule
-from jengine.models.decoder_weights import linear_rules, weight_rule
+from jengine.models.decoder_weights import linear_rules, packed_rules, weight_rule
 from jengine.models.deepseek_v4.compressor import num_halves
 from jengine.models.deepseek_v4.config import Compression, DeepseekV4Config
 
@@ -70,11 +70,17 @@ def attention_rules(cfg: DeepseekV4Config, theirs: str, ours: str) -> list[Weigh
         "wkv": (H, D),
         "wo_a": (groups * cfg.o_lora_rank, N * H // groups),
         "wo_b": (D, groups * cfg.o_lora_rank),
-        "q_norm": (rank,),
-        "kv_norm": (H,),
     }
     return [
-        *(weight_rule(theirs + name, ours + name, *shape) for name, shape in shapes.items()),
+        *(
+            rule
+            for name, (rows, depth) in shapes.items()
+            for rule in linear_rules(
+                theirs + name, ours + name, rows, depth, bias=False, packing=cfg.packing
+            )
+        ),
+        weight_rule(theirs + "q_norm", ours + "q_norm", rank),
+        weight_rule(theirs + "kv_norm", ours + "kv_norm", H),
         WeightRule(theirs + "attn_sink", ours + "attn_sink", (N,)),
     ]
 
@@ -88,9 +94,10 @@ def attention_compressor_rules(
         return rules
     index, indexer = cfg.index, prefix + "indexer."
     wq_b, weights = indexer + "wq_b", indexer + "weights_proj"
+    rows, rank = index.num_heads * index.head_dim, cfg.q_lora_rank
     return [
         *rules,
-        *linear_rules(wq_b, wq_b, index.num_heads * index.head_dim, cfg.q_lora_rank, bias=False),
+        *linear_rules(wq_b, wq_b, rows, rank, bias=False, packing=cfg.packing),
         *linear_rules(weights, weights, index.num_heads, cfg.hidden_size, bias=False),
         *compressor_rules(cfg, indexer + "compressor.", index.head_dim, compression),
     ]
@@ -115,21 +122,29 @@ def expert_rules(cfg: DeepseekV4Config, theirs: str, ours: str) -> list[WeightRu
     routed = theirs + "experts.{e}."
     gate_up, down = ours + "experts.gate_up_proj", ours + "experts.down_proj"
     shared_gate_up = f"{ours}{shared}.gate_up_proj"
+    packing = cfg.packing
+    of_routed = [
+        WeightRule(routed + "w1.weight", gate_up, (F, D)),
+        WeightRule(routed + "w3.weight", gate_up, (F, D), offset=F),
+        WeightRule(routed + "w2.weight", down, (D, F)),
+    ]
     return [
         weight_rule(theirs + "gate", ours + "gate", E, D),
-        WeightRule(theirs + "gate.bias", ours + "bias", (E,)),
+        WeightRule(theirs + "gate.bias", ours + "e_score_correction_bias", (E,)),
         WeightRule(
             theirs + "gate.tid2eid",
             ours + "tid2eid",
             (cfg.vocab_size, cfg.moe.num_experts_per_tok),
             transform=checked_table(E),
         ),
-        WeightRule(routed + "w1.weight", gate_up, (F, D)),
-        WeightRule(routed + "w3.weight", gate_up, (F, D), offset=F),
-        WeightRule(routed + "w2.weight", down, (D, F)),
-        *linear_rules(f"{theirs}{shared}.w1", shared_gate_up, S, D, bias=False),
-        *linear_rules(f"{theirs}{shared}.w3", shared_gate_up, S, D, bias=False, offset=S),
-        *linear_rules(f"{theirs}{shared}.w2", f"{ours}{shared}.down_proj", D, S, bias=False),
+        *(part for rule in of_routed for part in packed_rules(rule, cfg.moe.packing)),
+        *linear_rules(f"{theirs}{shared}.w1", shared_gate_up, S, D, bias=False, packing=packing),
+        *linear_rules(
+            f"{theirs}{shared}.w3", shared_gate_up, S, D, bias=False, packing=packing, offset=S
+        ),
+        *linear_rules(
+            f"{theirs}{shared}.w2", f"{ours}{shared}.down_proj", D, S, bias=False, packing=packing
+        ),
     ]
 
 
