@@ -19,7 +19,7 @@ def add_rms_norm(
     """Return (`x` plus the sum of `parts`, `rms_norm` of that), both [T, D] in `x.dtype`.
 
     `parts` are one sum, or `expert_parts`': added up in their order in float32, and rounded to
-    `x.dtype` before they are added to `x`. Rows at or past `num_tokens` are padding: finite, whatever their summands
-    are, otherwise unspecified.
+    `x.dtype` before they are added to `x`. Rows at or past `num_tokens` are padding: finite,
+    whatever their summands are, otherwise unspecified.
     """
     return _add_rms_norm(x_TD, parts_PTD, weight_D, eps=eps, num_tokens=num_tokens)
