@@ -103,12 +103,14 @@ def build_logprobs(spec: StepSpec) -> Callable[[Leaves, jax.Array, jax.Array], j
     return logprobs
 
 
-def packed(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def packed(
+    texts: Sequence[Sequence[int]], min_tokens: int = MIN_TOKENS
+) -> tuple[np.ndarray, np.ndarray]:
     """(token ids i32[T], lengths i32[S]) of one pass, both padded to powers of two: the first one
     of a shape compiles.
     """
     num_tokens = sum(map(len, texts))
-    token_ids_T = np.zeros(max(MIN_TOKENS, _power_of_two(num_tokens)), np.int32)
+    token_ids_T = np.zeros(max(min_tokens, _power_of_two(num_tokens)), np.int32)
     token_ids_T[:num_tokens] = [token_id for text in texts for token_id in text]
     lengths_S = np.zeros(_power_of_two(len(texts)), np.int32)
     lengths_S[: len(texts)] = [len(text) for text in texts]

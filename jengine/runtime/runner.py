@@ -16,13 +16,13 @@ from jengine.runtime.batch import HostBatch, build_batch
 from jengine.runtime.blueprint import Blueprint
 from jengine.runtime.buckets import Bucket, pick_bucket
 from jengine.runtime.expert_slots import ExpertBalancer
-from jengine.runtime.forward import build_forward, build_logprobs, packed
+from jengine.runtime.forward import MIN_TOKENS, build_forward, build_logprobs, packed
 from jengine.runtime.programs import EMPTY, MOVE_EXPERTS, SCORE, SET_PAGES, SET_ROW
 from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
 from jengine.runtime.row_mirror import RowMirror, is_adjusted
 from jengine.runtime.shapes import num_bytes
 from jengine.runtime.step import KV, StepOutput, build_step
-from jengine.runtime.xla_options import any_size_options
+from jengine.runtime.xla_options import TUNED_TOKENS, any_size_options
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -204,12 +204,16 @@ class ModelRunner:
         `UnsupportedError` in an engine over several processes.
         """
         self._refuse_in_gang("hidden_states")
-        return self._forward(self.leaves, *packed([token_ids]))[: len(token_ids)]
+        return self._forward(self.leaves, *self._packed([token_ids]))[: len(token_ids)]
+
+    def _packed(self, texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        is_tuned = self.spec.batch_invariant  # see `any_size_options`
+        return packed(texts, TUNED_TOKENS if is_tuned else MIN_TOKENS)
 
     def logprobs(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """f32[len(text)] of each text, by one pass over all of them: see `build_logprobs`."""
         self._refuse_in_gang("logprobs")
-        scores = np.asarray(self._logprobs(self.leaves, *packed(texts)))
+        scores = np.asarray(self._logprobs(self.leaves, *self._packed(texts)))
         ends = np.cumsum([len(text) for text in texts])
         return np.split(scores[: ends[-1]], ends[:-1])
 

@@ -73,10 +73,12 @@ def bucket_options(
 
 
 def any_size_options(platform: str, is_batch_invariant: bool) -> Options:
-    """For a program that is traced anew for each number of tokens (`runtime/forward.py`)."""
+    """For a program that is traced anew for each number of tokens, `TUNED_TOKENS` at least
+    (`runtime/forward.py`).
+    """
     if platform not in GPU_PLATFORMS or not is_batch_invariant:
         return {}
-    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+    return {"xla_gpu_enable_triton_gemm": False}
 
 
 def measuring_options(platform: str, user_flags: str = "") -> Options:

@@ -174,3 +174,19 @@ def check(backend: ModuleType, case: tuple) -> None:
         np.testing.assert_allclose(out, product, rtol=0, atol=noise)
         return
     check_gated(out, product, noise)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [
+        (1, [1]), (1000, [1000]), (1024, [1024]), (1500, [2048]), (2048, [2048]),
+        (3072, [2048, 1024]), (6144, [2048] * 3), (8192, [8192]), (9000, [8192, 1024]),
+    ],
+)  # fmt: skip
+def test_many_rows_are_blocks_whose_sums_are_known(rows: int, sizes: list[int]) -> None:
+    from jengine.pallas_kernels.linear.xla_gpu import row_blocks
+
+    x = jnp.arange(rows, dtype=jnp.float32)[:, None]
+    blocks = row_blocks(x)
+    assert [len(block) for block in blocks] == sizes
+    np.testing.assert_array_equal(np.concatenate(blocks)[:rows], x)
