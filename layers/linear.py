@@ -55,9 +55,8 @@ class Linear(nnx.Module):
 def sum_of_ranks(parts_PTF: jax.Array, num_tokens: jax.Array, *logical: str | None) -> jax.Array:
     """Summands of what all ranks that split these logical axes add: one, or on one rank its own.
 
-    Several summands are float32, since the rows are few: their sum stays so, costs little to send,
-    and is rounded once by the next operation, as theirs would be. A single one was rounded by its
-    product, since the rows are many, and travels so, in half the bytes.
+    The sum of several, a token's experts, stays float32 and is rounded once by the next operation,
+    as theirs would be. A single one was rounded by its product, and travels so, in half the bytes.
     """
     if collectives.ways(*logical) == 1:
         return parts_PTF
