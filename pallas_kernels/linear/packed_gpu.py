@@ -16,16 +16,19 @@ from jengine.pallas_kernels.platform import is_hopper
 from jengine.pallas_kernels.triton_call import Schedule
 
 MAX_ROWS = 128
+NUM_MULTIPROCESSORS = 132
 DEPTH = 128  # of a tile: a group of e4m3, four of e2m1
 
 
-def tiling(rows: int) -> Tiling:
-    """Half or a quarter of the bytes of `triton_gpu.tiling`, so more programs share a
-    multiprocessor. 64 outputs always: what is unpacked goes into the warpgroup's product from
-    registers."""
+def tiling(rows: int, outputs: int) -> Tiling:
+    """64 outputs always: what is unpacked goes into the warpgroup's product from registers. Half or
+    a quarter of the bytes of `triton_gpu.tiling`, so more programs share a multiprocessor; or one
+    has it alone and must read far ahead.
+    """
+    is_alone = outputs <= 64 * NUM_MULTIPROCESSORS
     if rows <= 32:
-        return Tiling(16 if rows <= 16 else 32, DEPTH, Schedule(4, 4))
-    return Tiling(64 if rows <= 64 else 128, DEPTH, Schedule(4, 3))
+        return Tiling(16 if rows <= 16 else 32, DEPTH, Schedule(4, 8 if is_alone else 4))
+    return Tiling(64 if rows <= 64 else 128, DEPTH, Schedule(4, 4 if is_alone else 3))
 
 
 def linear(
@@ -42,7 +45,7 @@ def linear(
     _require(x_TD, w_FD)
     F = w_FD.shape[0]
     out_dtype = x_TD.dtype if out_dtype is None else out_dtype
-    return multiply(x_TD, w_FD, F, tiling(x_TD.shape[0]), gated=False, out_dtype=out_dtype)
+    return multiply(x_TD, w_FD, F, tiling(x_TD.shape[0], F), gated=False, out_dtype=out_dtype)
 
 
 def silu_linear(
@@ -51,7 +54,7 @@ def silu_linear(
     del num_tokens  # padding rows are computed like the rest
     _require(x_TD, w_F2D)
     F = w_F2D.shape[0] // 2
-    tile = tiling(x_TD.shape[0])
+    tile = tiling(x_TD.shape[0], F)
     return multiply(x_TD, w_F2D, F, tile, gated=True, out_dtype=x_TD.dtype)
 
 
@@ -60,7 +63,7 @@ def linear_heads(x_TNH: jax.Array, w_NFH: PackedWeight, *, num_tokens: jax.Array
     del num_tokens  # padding rows are computed like the rest
     (T, N, H), F = x_TNH.shape, w_NFH.shape[1]
     _require(x_TNH, w_NFH)
-    tile = tiling(T)
+    tile = tiling(T, N * F)
     if F % tile.outputs:
         raise NotImplementedError(f"heads of {F} outputs: a tile would span two")
     rows = PackedWeight(

@@ -71,6 +71,17 @@ def keys_of_block(head_dim: int, itemsize: int) -> int:
     return 32 if itemsize == 4 or head_dim > 128 else 64
 
 
+def alone_tiling(tiling: Tiling, columns: int, head_dim: int, itemsize: int) -> Tiling:
+    """The same for programs that have a multiprocessor each: nobody else hides what they wait for.
+    Of the stages, two bring a block: its page numbers, then its keys and values.
+    """
+    if itemsize == 4:
+        return tiling
+    stages = {32: 11, 64: 9}.get(columns, 7 if head_dim <= 128 else tiling.schedule.num_stages)
+    schedule = Schedule(tiling.schedule.num_warps, stages)
+    return Tiling(tiling.rows, tiling.block, schedule)
+
+
 def decode_columns(head_dim: int, itemsize: int, kv_heads: int, num_seqs: int) -> int:
     """Columns of values of a program: all, or fewer where there are few programs."""
     columns = _power_of_two(head_dim)
@@ -219,7 +230,10 @@ def _decode(
     group = max(tiling.rows, _power_of_two(N // K))
     S = page_table_SM.shape[0]
     columns = decode_columns(H, itemsize, K, S)
-    items = chunks.items.shape[0] * K * (_power_of_two(H) // columns)
+    slices = _power_of_two(H) // columns
+    if S * K * slices <= NUM_MULTIPROCESSORS:
+        tiling = alone_tiling(tiling, columns, H, itemsize)
+    items = chunks.items.shape[0] * K * slices
     programs = min(items, programs_at_once(tiling.programs_per_multiprocessor))
     out, acc, top, total = triton_call(
         decode_chunk,

@@ -52,6 +52,8 @@ def test_attention(
         constants |= {"GP": max(tiling.rows, group), "BLOCK": tiling.block, "NUM_PROGRAMS": 264}
         few = triton_gpu.MIN_COLUMNS if itemsize == 2 else constants["HP"]
         constants["COLUMNS"] = few if kernel.endswith("columns") else constants["HP"]
+        if kernel.endswith("columns"):
+            tiling = triton_gpu.alone_tiling(tiling, few, head_dim, itemsize)
         pointers = (data, data, *["*i32"] * 5, data, data, *["*fp32"] * 3)
     else:
         is_long = kernel.endswith("long")
@@ -124,7 +126,7 @@ def test_products_with_packed_weights(
     from jengine.pallas_kernels.linear import packed_gpu
     from jengine.pallas_kernels.linear.triton_kernels import multiply_rows
 
-    tile = packed_gpu.tiling(tokens)
+    tile = packed_gpu.tiling(tokens, outputs)
     constants = {
         "T": tokens, "F": outputs, "D": depth, "BF": tile.outputs, "BT": tile.tokens,
         "BK": tile.depth, "GATED": gated, "STAGES": tile.schedule.num_stages,
