@@ -6,8 +6,12 @@ from jengine.kv_spec import KVKind
 from jengine.layers.norm import LayerNorm, RMSNorm
 from jengine.pallas_kernels.platform import is_hopper, platform
 
+MAX_RANKS = 2  # two summands have one order; of more, libraries choose it by the message's size
 
-def resolve_batch_invariant(wanted: bool | None, model: Any, cfg: Any) -> bool:
+
+def resolve_batch_invariant(
+    wanted: bool | None, model: Any, cfg: Any, num_ranks: int = 1, *, experts_move: bool = False
+) -> bool:
     """Whether programs for a GPU are traced so (`platform.is_batch_invariant`). `model` is the
     family's class or module.
 
@@ -16,6 +20,10 @@ def resolve_batch_invariant(wanted: bool | None, model: Any, cfg: Any) -> bool:
     if platform() == "cpu":
         return False  # nothing has to be done for it
     missing = what_is_missing(model, cfg)
+    if num_ranks > MAX_RANKS:
+        missing = f"sums over {num_ranks} devices"
+    elif experts_move:
+        missing = "experts that move"
     if wanted and missing is not None:
         raise ValueError(f"batch_invariant: cannot be promised for {missing} on this device")
     return missing is None if wanted is None else wanted

@@ -262,7 +262,13 @@ def _step_spec(
         num_logprobs=num_top,
         keeps_logits=not 0 <= config.max_logprobs <= num_top,
         logprobs_mode=config.logprobs_mode,
-        batch_invariant=resolve_batch_invariant(config.batch_invariant, model.module, model.cfg),
+        batch_invariant=resolve_batch_invariant(
+            config.batch_invariant,
+            model.module,
+            model.cfg,
+            model.split.num_ranks,
+            experts_move=config.parallel.enable_eplb,
+        ),
         logits_processors=load_processors(config.logits_processors),
     )
 
