@@ -11,7 +11,8 @@ from jengine.server.openai_protocol import ChatRequest
 from jengine.server.settings import ServerSettings
 from jengine.server.state import new_request_id
 from jengine.text.deepseek_v4_chat import THINK
-from jengine.text.deepseek_v4_stream import Completion, CompletionParser
+from jengine.text.deepseek_v4_completion import Completion
+from jengine.text.deepseek_v4_stream import CompletionParser
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,13 @@ def message_format(
 class MessageWriter:
     """The message of one choice, whole or in deltas."""
 
-    def __init__(self, format: MessageFormat) -> None:
-        self._format = format
-        self._parser = (
-            None
-            if format.is_plain
-            else CompletionParser(is_thinking=format.is_thinking, takes_calls=format.takes_calls)
-        )
+    def __init__(self, form: MessageFormat) -> None:
+        self._form = form
+        self._parser: CompletionParser | None = None
+        if not form.is_plain:
+            self._parser = CompletionParser(
+                is_thinking=form.is_thinking, takes_calls=form.takes_calls
+            )
         self._num_calls = 0
 
     def whole(self, text: str, before: str = "") -> dict[str, Any]:
@@ -102,14 +103,14 @@ class MessageWriter:
     def _numbered(self, parsed: Completion) -> list[tuple[int, str, str]]:
         first = self._num_calls
         calls = parsed.tool_calls
-        if (most := self._format.max_calls) is not None:
+        if (most := self._form.max_calls) is not None:
             calls = calls[: most - first]
         self._num_calls += len(calls)
         return [(first + i, call.name, call.arguments) for i, call in enumerate(calls)]
 
     def _reasoning(self, parsed: Completion) -> dict[str, str]:
         """Under both names: vLLM's, and the one of DeepSeek's own API."""
-        if not parsed.reasoning or not self._format.shows_reasoning:
+        if not parsed.reasoning or not self._form.shows_reasoning:
             return {}
         return {"reasoning": parsed.reasoning, "reasoning_content": parsed.reasoning}
 

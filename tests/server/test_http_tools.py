@@ -3,12 +3,13 @@ a byte a token, and a template of the request's makes that the first message.
 """
 
 # ruff: noqa: RUF001  (the model's bars are full-width ones)
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jengine.server.openai_messages import MessageFormat
 from tests.server.harness import RunningServer, echo_server, events, post
 
 PATH = "/v1/chat/completions"
@@ -50,28 +51,31 @@ def ask(server: RunningServer, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def joined(server: RunningServer, body: dict[str, Any]) -> dict[str, Any]:
-    """The message that the deltas make, as a client adds them up, and why it ended."""
+    """The message that the deltas make, and why it ended."""
+    told = [event["choices"][0] for event in events(server.http + PATH, {**body, "stream": True})]
+    reasons = [choice["finish_reason"] for choice in told]
+    assert set(reasons[:-1]) <= {None}, "nothing comes after the end"
+    message = add_up(choice["delta"] for choice in told)
+    return {"message": message, "finish_reason": reasons[-1]}
+
+
+def add_up(deltas: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """As a client does."""
     message: dict[str, Any] = {}
-    reason = None
-    for event in events(server.http + PATH, {**body, "stream": True}):
-        (choice,) = event["choices"]
-        assert reason is None, "nothing comes after the end"
-        reason = choice["finish_reason"]
-        for name, value in choice["delta"].items():
-            if name != "tool_calls":
-                message[name] = message.get(name, "") + value
-                continue
-            calls = message.setdefault("tool_calls", [])
-            for call in value:
-                if call["index"] == len(calls):
-                    assert call["id"].startswith("call_")
-                    assert call["function"] == {"name": "f", "arguments": ""}
-                    calls.append({**call, "function": dict(call["function"])})
-                else:
-                    assert call.keys() == {"index", "function"}
-                    assert call["index"] == len(calls) - 1
-                    calls[-1]["function"]["arguments"] += call["function"]["arguments"]
-    return {"message": message, "finish_reason": reason}
+    for delta in deltas:
+        calls = message.setdefault("tool_calls", []) if "tool_calls" in delta else []
+        for call in delta.get("tool_calls", ()):
+            if call["index"] == len(calls):
+                assert call["id"].startswith("call_")
+                assert call["function"] == {"name": "f", "arguments": ""}
+                calls.append({**call, "function": dict(call["function"])})
+            else:
+                assert call.keys() == {"index", "function"}
+                assert call["index"] == len(calls) - 1
+                calls[-1]["function"]["arguments"] += call["function"]["arguments"]
+        for name in delta.keys() - {"tool_calls"}:
+            message[name] = message.get(name, "") + delta[name]
+    return message
 
 
 def test_reasoning_answer_and_calls(talker: RunningServer) -> None:
@@ -92,6 +96,20 @@ def test_reasoning_answer_and_calls(talker: RunningServer) -> None:
     calls = [(call.pop("id"), call.pop("index")) for call in streamed["message"]["tool_calls"]]
     assert [index for _, index in calls] == [0, 1]
     assert streamed == {"message": message, "finish_reason": "tool_calls"}
+
+
+def test_deltas_of_single_characters() -> None:
+    """The server merges what its client has not read yet."""
+    writer = MessageFormat(is_thinking=True, takes_calls=True).writer()
+    pieces = [*f"hm</think>yes{BLOCK}", ""]
+    deltas = [d for c in pieces for d in writer.deltas(c, is_last=c == "")]
+    message = add_up(deltas)
+    assert (message["content"], message["reasoning"]) == ("yes", "hm")
+    assert message["reasoning_content"] == "hm"
+    assert [call["function"] for call in message["tool_calls"]] == [FUNCTION] * 2
+    assert [call["index"] for call in message["tool_calls"]] == [0, 1]
+    assert writer.finish_reason("stop") == "tool_calls"
+    assert len(deltas) == len("hmyes") + 4  # two for each call
 
 
 @pytest.mark.parametrize(
@@ -149,6 +167,13 @@ def test_logprobs_and_ids_go_with_the_deltas(talker: RunningServer) -> None:
     ids = [i for choice in told for i in choice.get("token_ids", ())]
     assert len(ids) == len((text + "%").encode())
     assert sum(len(c["logprobs"]["content"]) for c in told if c["logprobs"]) == len(ids)
+
+
+def test_special_tokens_are_text_for_a_parser(talker: RunningServer) -> None:
+    """Its tags may be such."""
+    assert ask(talker, body_of("a<bos>b", ANSWERS))["message"]["content"] == "a<bos>b"
+    plain = body_of("a<bos>b", ANSWERS, tool_choice="none")
+    assert ask(talker, plain)["message"]["content"] == "ab"
 
 
 def test_tools_reach_the_template(talker: RunningServer) -> None:
