@@ -18,9 +18,10 @@ from rich.console import Console
 from jengine.errors import ConfigurationError, ExitCode, JengineError
 from jengine.server import follow, vllm_flags
 from jengine.server.bench.commands import bench
-from jengine.server.cli_options import EngineFlags, ServerFlags
+from jengine.server.cli_options import EngineFlags
 from jengine.server.flag_groups import takes
 from jengine.server.replica_flags import ReplicaFlags
+from jengine.server.server_flags import ServerFlags
 
 if TYPE_CHECKING:
     from jengine.cluster import ClusterFlags

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -14,6 +14,7 @@ from jengine.request import SamplingParams
 from jengine.server import openai_render, openai_run
 from jengine.server.http_errors import json_response
 from jengine.server.http_io import DONE, EventStream, read_body, unless_gone
+from jengine.server.openai_messages import MessageFormat, MessageWriter, message_format
 from jengine.server.openai_protocol import ChatRequest
 from jengine.server.openai_run import Outputs, Prepared, UsageCounter
 from jengine.server.state import ServerState
@@ -27,17 +28,25 @@ async def chat_completions(request: Request) -> Response:
     body = await read_body(request, ChatRequest)
     state.check_model(body.model)
     state.serving_engine()
-    body.check_chat(trust_template=state.settings.trust_request_chat_template)
+    settings = state.settings
+    body.check_chat(
+        trust_template=settings.trust_request_chat_template,
+        takes_tools=settings.enable_auto_tool_choice,
+    )
     prepared = await render(state, body)
     sampling = build_sampling(state, body, prepared)
+    is_constrained = sampling.structured_outputs is not None
+    form = message_format(settings, body, prepared.text or "", is_constrained=is_constrained)
+    if not form.is_plain:  # the tags may be special tokens
+        sampling.skip_special_tokens = False
     response_id = openai_run.response_id("chatcmpl", request, body)
     requests = openai_run.submissions([prepared], sampling, response_id, body, ENDPOINT)
-    answer = _Answer(state, body, response_id)
+    answer = _Answer(state, body, form, response_id)
     try:
         if body.stream:
             outputs = await unless_gone(request, openai_run.peeked(state, requests))
             events = answer.events(outputs)
-            return EventStream(events, outputs, state.settings.ping_seconds)
+            return EventStream(events, outputs, settings.ping_seconds)
         (final,) = await unless_gone(request, openai_run.collected(state, requests))
     except InvalidRequestError as error:
         raise _about_messages(error) from None
@@ -77,9 +86,12 @@ def build_sampling(state: ServerState, body: ChatRequest, prepared: Prepared) ->
 class _Answer:
     """Writes the answer to one request, whole or as events."""
 
-    def __init__(self, state: ServerState, body: ChatRequest, response_id: str) -> None:
+    def __init__(
+        self, state: ServerState, body: ChatRequest, form: MessageFormat, response_id: str
+    ) -> None:
         self._state = state
         self._body = body
+        self._form = form
         self._text_of = openai_run.token_text(state, body)
         self._bytes_of = state.ready_engine().tokenizer.id_to_bytes
         self._counter = UsageCounter(state.settings.enable_prompt_tokens_details)
@@ -90,22 +102,12 @@ class _Answer:
 
     def whole(self, final: RequestOutput) -> dict[str, Any]:
         self._counter.add(0, final)
-        echoed = self._echoed_text()
         result: dict[str, Any] = {
             "id": self._id,
             "object": "chat.completion",
             "created": self._chunks.created,
             "model": self._state.model_name,
-            "choices": [
-                {
-                    "index": completion.index,
-                    "message": {"role": ROLE, "content": echoed + completion.text},
-                    "logprobs": self._logprobs(completion),
-                    **openai_render.stop_fields(completion),
-                    **self._token_ids(completion),
-                }
-                for completion in final.outputs
-            ],
+            "choices": [self._choice(completion) for completion in final.outputs],
             "usage": self._counter.total(),
         }
         if self._body.prompt_logprobs is not None:
@@ -114,32 +116,46 @@ class _Answer:
             result["prompt_token_ids"] = final.prompt_token_ids
         return result
 
+    def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        writer = self._form.writer()
+        message = writer.whole(completion.text, self._echoed_text())
+        return {
+            "index": completion.index,
+            "message": {"role": ROLE, **message},
+            **self._fields(completion, writer),
+        }
+
     async def events(self, outputs: Outputs) -> AsyncGenerator[bytes, None]:
         body = self._body
-        has_extras = bool(body.logprobs or body.return_token_ids or body.has_continuous_usage)
-        started: set[int] = set()
+        writers: dict[int, MessageWriter] = {}
         async for _, output in outputs:
             self._counter.add(0, output)
             for completion in output.outputs:
                 index = completion.index
-                if index not in started:
-                    started.add(index)
+                if index not in writers:
+                    writers[index] = self._form.writer()
                     for delta in self._first_deltas():
                         yield self._chunk(index, delta)
-                if completion.finish_reason is None and not has_extras:
-                    if completion.text:
-                        yield self._chunks.chat_text(index, completion.text)
-                    continue
-                yield self._chunk(
-                    index,
-                    {"content": completion.text},
-                    logprobs=self._logprobs(completion),
-                    **openai_render.stop_fields(completion),
-                    **self._token_ids(completion),
-                )
+                for event in self._events_of(completion, writers[index]):
+                    yield event
         if body.includes_usage or self._state.settings.enable_force_include_usage:
             yield self._chunks.usage(self._counter.total())
         yield DONE
+
+    def _events_of(self, completion: CompletionOutput, writer: MessageWriter) -> Iterator[bytes]:
+        body, index, is_last = self._body, completion.index, completion.finish_reason is not None
+        has_fields = bool(body.logprobs or body.return_token_ids or body.has_continuous_usage)
+        deltas = writer.deltas(completion.text, is_last=is_last)
+        last = None  # has the fields
+        if is_last or has_fields:
+            last = deltas.pop() if deltas else {"content": ""}
+        for delta in deltas:
+            if delta.keys() == {"content"} and not has_fields:
+                yield self._chunks.chat_text(index, delta["content"])
+            else:
+                yield self._chunk(index, delta)
+        if last is not None:
+            yield self._chunk(index, last, **self._fields(completion, writer))
 
     def _first_deltas(self) -> list[dict[str, str]]:
         deltas = [{"role": ROLE, "content": ""}]
@@ -147,10 +163,19 @@ class _Answer:
             deltas.append({"content": echoed})
         return deltas
 
-    def _chunk(self, index: int, delta: dict[str, str], **fields: Any) -> bytes:
+    def _chunk(self, index: int, delta: dict[str, Any], **fields: Any) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **fields}
         usage = self._counter.total() if self._body.has_continuous_usage else None
         return self._chunks.choice(choice, usage)
+
+    def _fields(self, completion: CompletionOutput, writer: MessageWriter) -> dict[str, Any]:
+        """Of a choice, beside its message. After the message: it decides why it ended."""
+        return {
+            "logprobs": self._logprobs(completion),
+            **openai_render.stop_fields(completion),
+            "finish_reason": writer.finish_reason(completion.finish_reason),
+            **self._token_ids(completion),
+        }
 
     def _logprobs(self, completion: CompletionOutput) -> dict[str, Any] | None:
         if completion.logprobs is None:

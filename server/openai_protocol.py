@@ -21,6 +21,7 @@ COMPLETION_MAX_TOKENS = 16
 MAX_PROMPTS = 128
 MAX_CHOICES = 128  # prompts times n
 MAX_MESSAGES = 2048
+MAX_TOOLS = 128
 
 # What a model's generation_config may suggest, and what vLLM takes from it.
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -247,6 +248,8 @@ class ChatRequest(SamplingRequest, kw_only=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool = True
     functions: Any = None
     function_call: Any = None
     audio: Any = None
@@ -255,7 +258,12 @@ class ChatRequest(SamplingRequest, kw_only=True):
     web_search_options: Any = None
     prediction: Any = None
 
-    def check_chat(self, *, trust_template: bool) -> None:
+    @property
+    def may_call(self) -> bool:
+        """Whether the model is shown the tools. Those that may not be called change nothing."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    def check_chat(self, *, trust_template: bool, takes_tools: bool = False) -> None:
         self.check(
             {
                 "audio": self.audio,
@@ -263,18 +271,28 @@ class ChatRequest(SamplingRequest, kw_only=True):
                 "store": self.store,
                 "web_search_options": self.web_search_options is not None,
                 "prediction": self.prediction is not None,
-                # Tools that may not be called change nothing.
-                "tools": self.tools and self.tool_choice != "none",
-                "tool_choice": self.tool_choice not in (None, "none", "auto"),
                 "functions": self.functions,
                 "function_call": self.function_call not in (None, "none"),
             }
         )
         self.check_conversation(trust_template=trust_template)
+        self._check_tools(takes_tools)
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs", "needs logprobs=true")
         if self.stream and self.prompt_logprobs is not None:
             raise InvalidRequestError("prompt_logprobs", "is not available with stream=true")
+
+    def _check_tools(self, takes_tools: bool) -> None:
+        if self.tool_choice not in (None, "none", "auto"):
+            raise InvalidRequestError(
+                "tool_choice", "must be none or auto: this server forces no calls"
+            )
+        if self.may_call and not takes_tools:
+            raise InvalidRequestError(
+                "tools", "need a server with --enable-auto-tool-choice and --tool-call-parser"
+            )
+        if len(self.tools or ()) > MAX_TOOLS:
+            raise InvalidRequestError("tools", f"at most {MAX_TOOLS} tools")
 
     def check_conversation(self, *, trust_template: bool) -> None:
         if not self.messages:
@@ -305,6 +323,8 @@ class ChatRequest(SamplingRequest, kw_only=True):
         }
         if self.chat_template is not None:
             arguments["chat_template"] = self.chat_template
+        if self.may_call:
+            arguments["tools"] = self.tools
         if self.documents is not None:
             arguments["documents"] = self.documents
         return arguments

@@ -16,7 +16,8 @@ from jengine.errors import ConfigurationError
 from jengine.server.replicas import Replica, SupervisorSettings, plan_replicas
 
 if TYPE_CHECKING:
-    from jengine.server.cli_options import EngineFlags, ServerFlags
+    from jengine.server.cli_options import EngineFlags
+    from jengine.server.server_flags import ServerFlags
     from jengine.server.supervisor import MakeCommand
 
 _REPLICAS = "Replicas"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MIB = 1024 * 1024
+PARSERS = ("deepseek_v4",)  # of reasoning and of calls of tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,9 @@ class ServerSettings:
     enable_force_include_usage: bool = False
     return_tokens_as_token_ids: bool = False
     trust_request_chat_template: bool = False
+    reasoning_parser: str | None = None  # None: what the model thinks is part of its answer
+    tool_call_parser: str | None = None
+    enable_auto_tool_choice: bool = False
     log_requests: bool = True
 
     def __post_init__(self) -> None:
@@ -38,6 +42,12 @@ class ServerSettings:
             raise ValueError("nothing to serve: both HTTP and gRPC are off")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("--ssl-keyfile and --ssl-certfile go together")
+        for name in ("reasoning_parser", "tool_call_parser"):
+            if (value := getattr(self, name)) is not None and value not in PARSERS:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be one of {', '.join(PARSERS)}, got {value!r}")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ValueError("--enable-auto-tool-choice needs --tool-call-parser")
         for name in ("arrival_timeout", "unread_timeout"):
             if getattr(self, name) <= 0:
                 flag = name.replace("_", "-")

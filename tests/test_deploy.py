@@ -27,11 +27,12 @@ from jengine.cluster import VARIABLES
 from jengine.config import EngineConfig
 from jengine.server import __main__ as cli
 from jengine.server import supervisor
-from jengine.server.cli_options import EngineFlags, ServerFlags
+from jengine.server.cli_options import EngineFlags
 from jengine.server.http_server import create_app
 from jengine.server.metrics import ServerMetrics
 from jengine.server.replica_flags import ReplicaFlags, replicas_of
 from jengine.server.replicas import Replica, SupervisorSettings
+from jengine.server.server_flags import ServerFlags
 from jengine.server.settings import ServerSettings
 from jengine.server.state import ServerState
 from jengine.server.supervisor import Supervisor

@@ -124,6 +124,9 @@ MAY_IMPORT["jengine.server"] = frozenset(
         "jengine.input_processor",
         "jengine.loading.pull",
         "jengine.prebuild",
+        "jengine.text.deepseek_v4_chat",
+        "jengine.text.deepseek_v4_completion",
+        "jengine.text.deepseek_v4_stream",
         "jengine.text.tokenizer",
     }
 )

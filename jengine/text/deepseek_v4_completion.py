@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jengine.text.deepseek_v4_chat import DSML, END_THINK, EOS, SEPARATOR, THINK
+from jengine.text.deepseek_v4_chat import DSML, END_THINK, EOS, SEPARATOR, THINK, to_json
 
 BEGIN, END = f"<{DSML}tool_calls>", f"</{DSML}tool_calls>"
 INVOKE = re.compile(rf'<{DSML}invoke name="([^"]*)">\n(.*?)\n</{DSML}invoke>\n?', re.S)
@@ -73,13 +74,29 @@ def _parse_arguments(body: str) -> str:
         if match is None:
             raise ValueError(f"no parameter: {body[at : at + 60]!r}")
         name, is_string, value = match.groups()
-        if name in pairs:
-            raise ValueError(f"parameter {name!r} is given twice")
-        if is_string == "true":
-            value = json.dumps(value, ensure_ascii=False)
-        else:
-            json.loads(value)  # a ValueError of its own where it is none
-        pairs[name] = value
+        add_parameter(pairs, name, value, is_string=is_string == "true")
         at = match.end()
-    items = (f"{json.dumps(name, ensure_ascii=False)}: {value}" for name, value in pairs.items())
-    return "{" + ", ".join(items) + "}"
+    return join_parameters(pairs)
+
+
+def add_parameter(pairs: dict[str, str], name: str, value: str, *, is_string: bool) -> None:
+    """To `pairs` of names and JSON. Raises `ValueError`."""
+    if name in pairs:
+        raise ValueError(f"parameter {name!r} is given twice")
+    if is_string:
+        value = to_json(value)
+    else:
+        try:
+            json.loads(value, parse_constant=_refuse)
+        except RecursionError:
+            raise ValueError(f"parameter {name!r} is nested too deeply") from None
+    pairs[name] = value
+
+
+def join_parameters(pairs: Mapping[str, str]) -> str:
+    """A JSON object."""
+    return "{" + ", ".join(f"{to_json(name)}: {value}" for name, value in pairs.items()) + "}"
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"JSON has no {constant}")

@@ -70,6 +70,7 @@ def echo_server(
     in_process: bool = True,
     wait_ready: bool = True,
     max_num_waiting: int = 4096,
+    max_model_len: int = 256,
     **settings: Any,
 ) -> Iterator[RunningServer]:
     """Start, wait until it serves, stop."""
@@ -78,7 +79,7 @@ def echo_server(
         served_model_name=(MODEL_NAME, "alias"),
         hf_overrides={"echo": behaviour or {}},
         load_format="dummy",
-        max_model_len=256,
+        max_model_len=max_model_len,
         max_num_waiting=max_num_waiting,
     )
     create = functools.partial(AsyncEngine.create, in_process=in_process, core_factory=FACTORY)

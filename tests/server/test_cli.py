@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from jengine.config import EngineConfig
 from jengine.server import __main__ as cli
 from jengine.server import logs, vllm_flags
-from jengine.server.cli_options import EngineFlags, ServerFlags
+from jengine.server.cli_options import EngineFlags
 from jengine.server.flag_groups import takes
+from jengine.server.server_flags import ServerFlags
 from jengine.server.settings import ServerSettings
 from tests.oracles.dummy_model import write_dummy_model
 from tests.server.harness import RunningServer
@@ -54,7 +55,8 @@ def test_vllm_spellings(tmp_path: Path) -> None:
         *("--compile-cache-dir", str(tmp_path), "--no-async-scheduling"),
         *("--api-key", "zero", "--api-key-file", str(keys), "--no-grpc", "--port", "1"),
         *("--disable-log-requests", "--uvicorn-log-level", "debug", "--shutdown-timeout", "3"),
-        *("--max-decode-steps", "4"),
+        *("--max-decode-steps", "4", "--enable-auto-tool-choice"),
+        *("--tool-call-parser", "deepseek_v4", "--reasoning-parser", "deepseek_v4"),
     )
     assert config.model.served_model_name == ("a", "b")
     assert (config.model.dtype, config.model.max_model_len) == ("float32", 128)
@@ -69,6 +71,8 @@ def test_vllm_spellings(tmp_path: Path) -> None:
     assert settings.api_keys == ("zero", "one", "two")
     assert (settings.port, settings.grpc_port, settings.shutdown_timeout) == (1, None, 3.0)
     assert not settings.log_requests
+    assert settings.enable_auto_tool_choice
+    assert settings.tool_call_parser == settings.reasoning_parser == "deepseek_v4"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +92,8 @@ def test_vllm_spellings(tmp_path: Path) -> None:
         (["serve", "m", "--max-decode-steps", "0"], "max_decode_steps must be >= 1"),
         (["serve", "m", "--no-grpc", "--no-http"], "nothing to serve"),
         (["serve", "m", "--ssl-keyfile", "k"], "go together"),
+        (["serve", "m", "--reasoning-parser", "qwen3"], "must be one of deepseek_v4, got 'qwen3'"),
+        (["serve", "m", "--enable-auto-tool-choice"], "needs --tool-call-parser"),
         (["serve", "m", "--no-such-flag"], "No such option"),
         (["bench", "serve", "--dataset-name", "sharegpt", "--model", "m"], "dataset-path"),
         (["bench", "serve", "--goodput", "fast", "--model", "m"], "ttft:MS"),

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from jengine.errors import ConfigurationError
 from jengine.server import __main__ as cli
 from jengine.server import replica_flags
-from jengine.server.cli_options import EngineFlags, ServerFlags
+from jengine.server.cli_options import EngineFlags
 from jengine.server.flag_groups import takes
 from jengine.server.replica_flags import ReplicaFlags, command_maker
 from jengine.server.replicas import Replica, SupervisorSettings, plan_replicas
+from jengine.server.server_flags import ServerFlags
 from jengine.server.settings import ServerSettings
 
 runner = CliRunner()
@@ -77,6 +78,7 @@ def test_a_replicas_command_line_parses_to_the_flags_it_was_made_from() -> None:
     argv += ["--hf-overrides", '{"x": [1, "-y"]}', "--no-enable-prefix-caching", "--max-num-seqs=4"]
     argv += ["--disable-log-requests", "--api-key", "k1", "--api-key", "k2", "--host", "::1"]
     argv += ["--async-scheduling", "--shutdown-timeout", "2.5", "--disable-log-stats", "-dpm"]
+    argv += ["--tool-call-parser", "deepseek_v4", "--enable-auto-tool-choice"]
     argv += ["--data-parallel-size", "2", "-dpl", "1", "--grpc-port", "7", "--", "-odd model-"]
     (engine, server, replicas), parameters = parse(*argv)
     assert replicas.data_parallel_multi_port_external_lb
