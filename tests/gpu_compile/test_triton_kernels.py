@@ -12,6 +12,12 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
 
+
+def few_by_default(values: tuple[int, ...], default: set[int]) -> list[Any]:
+    """Parameters of which the others are slow: hundreds of small kernels take a minute."""
+    return [v if v in default else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
 SHARED_BYTES = 227 << 10
 HOPPER = 90
 SHAPES = [  # (heads, KV heads, head size, dtype)
@@ -81,7 +87,7 @@ PAIR_KERNELS = ("gate_up_of_experts", "down_of_experts")
 EXPERTS = [(2048, 768, 8, 128), (2048, 1408, 6, 64), (2880, 2880, 4, 32)]  # D, F, top_k, E
 
 
-@pytest.mark.parametrize("tokens", [t for t in TOKENS if t <= 128])
+@pytest.mark.parametrize("tokens", few_by_default((1, 8, 32, 64, 128), {1, 128}))
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("depth", "outputs"), [(4096, 14336), (576, 1536), (14336, 4096)])
 def test_products_of_few_rows(
@@ -117,7 +123,7 @@ PACKED = [
 ]
 
 
-@pytest.mark.parametrize("tokens", [1, 32, 64, 128])
+@pytest.mark.parametrize("tokens", few_by_default((1, 32, 64, 128), {1, 128}))
 @pytest.mark.parametrize(("codes", "scales", "outputs", "depth", "heads", "gated"), PACKED)
 def test_products_with_packed_weights(
     tokens: int, codes: str, scales: str, outputs: int, depth: int, heads: int, gated: bool,
@@ -153,7 +159,7 @@ def test_heads(tokens: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kernel", PAIR_KERNELS)
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", few_by_default(TOKENS, {1, 64, 2048}))
 @pytest.mark.parametrize(("embed", "mlp", "top_k", "experts"), EXPERTS)
 def test_experts(
     kernel: str, tokens: int, embed: int, mlp: int, top_k: int, experts: int, tmp_path: Path
@@ -178,7 +184,7 @@ PACKED_EXPERTS = [
 
 
 @pytest.mark.parametrize("kernel", PAIR_KERNELS)
-@pytest.mark.parametrize("tokens", [1, 64, 1024, 2048, 8192])
+@pytest.mark.parametrize("tokens", few_by_default((1, 64, 1024, 2048, 8192), {1, 2048}))
 @pytest.mark.parametrize(("codes", "embed", "mlp", "top_k", "experts"), PACKED_EXPERTS)
 def test_packed_experts(
     kernel: str, tokens: int, codes: str, embed: int, mlp: int, top_k: int, experts: int,
