@@ -220,6 +220,12 @@ class EchoCore:
                 output.finish_reason = FinishReason.STOP
             elif token_id in (sampling.stop_token_ids or ()):
                 output.finish_reason, output.stop_reason = FinishReason.STOP, token_id
+        detection, num_outputs = sampling.repetition_detection, len(running.token_ids)
+        if detection is not None and detection.is_met(running.token_ids, num_outputs):
+            output.finish_reason, output.stop_reason = (
+                FinishReason.REPETITION,
+                "repetition_detected",
+            )
         num_tokens = len(running.request.prompt_token_ids) + len(running.token_ids)
         is_full = len(running.token_ids) >= (sampling.max_tokens or 0)
         if output.finish_reason is None and (is_full or num_tokens >= self.max_model_len):
