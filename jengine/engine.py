@@ -263,7 +263,7 @@ class EngineCore:
             seed=message.seed,
             # What comes with each position has no other way than step by step.
             is_streamed=message.is_streamed
-            or sampling.logprobs is not None
+            or sampling.wants_logprobs
             or sampling.prompt_logprobs is not None,
         )
         if not message.grammar:
@@ -373,4 +373,4 @@ class EngineCore:
 def _wire(entries: list[TokenLogprobs] | None) -> list[LogprobsData] | None:
     if entries is None:
         return None
-    return [LogprobsData(e.token_ids, e.logprobs, e.rank) for e in entries]
+    return [LogprobsData(e.token_ids, e.logprobs, e.rank, e.ranks) for e in entries]

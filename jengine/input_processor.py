@@ -238,6 +238,11 @@ class InputProcessor:
             encode_arguments(self._info.logits_processors, sampling.extra_args)
         for name in ("logprobs", "prompt_logprobs"):
             self._check_logprobs(name, getattr(sampling, name))
+        if sampling.logprob_token_ids and self._config.logprobs_mode != "raw_logprobs":
+            raise InvalidRequestError(
+                "logprob_token_ids",
+                f"needs logprobs_mode raw_logprobs, not {self._config.logprobs_mode}",
+            )
         if self._tokenizer is None:
             if sampling.stop_strings or sampling.bad_words:
                 raise InvalidRequestError(

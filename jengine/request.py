@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 MAX_N = 128
 MAX_PATTERN_SIZE = 512  # tokens; each size costs a look at every new token
 MIN_TEMPERATURE = 0.01  # of those that are not greedy
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BANNED_IDS = 128  # stop ids held back by min_tokens plus last tokens of bad words, per request
 SAMPLING_EPS = 1e-5
 FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38  # what the device's numbers hold, rounded inwards
@@ -72,8 +73,9 @@ class SamplingParams(msgspec.Struct, kw_only=True):
 
     `temperature` below 1e-5 is greedy, else raised to 0.01 at least. `top_k` 0 or -1 keeps all.
     `logprobs` / `prompt_logprobs`: None off, k >= 0 the best k (and always the chosen token), -1
-    the whole vocabulary. `seed` None draws a random seed. `max_tokens` None means up to the model's
-    length.
+    the whole vocabulary. `logprob_token_ids` asks for those of these tokens instead of the best
+    ones; `logprobs`, if given too, must be their number. `seed` None draws a random seed.
+    `max_tokens` None means up to the model's length.
     """
 
     n: int = 1
@@ -93,6 +95,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -175,6 +178,17 @@ class SamplingParams(msgspec.Struct, kw_only=True):
                 name,
                 f"must be -1 (whole vocabulary) or >= 0, got {value}",
             )
+        num_named = len(self.logprob_token_ids or ())
+        need(
+            num_named <= MAX_LOGPROB_TOKEN_IDS,
+            "logprob_token_ids",
+            f"must be at most {MAX_LOGPROB_TOKEN_IDS} ids, got {num_named}",
+        )
+        need(
+            self.logprob_token_ids is None or self.logprobs in (None, num_named),
+            "logprob_token_ids",
+            f"logprobs must be left out or be their number, {num_named}, got {self.logprobs}",
+        )
         need(
             self.truncate_prompt_tokens is None or self.truncate_prompt_tokens >= -1,
             "truncate_prompt_tokens",
@@ -200,6 +214,10 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     def stop_strings(self) -> list[str]:
         stop = self.stop
         return [stop] if isinstance(stop, str) else list(stop or ())
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None or bool(self.logprob_token_ids)
 
     @property
     def reads_prefix_cache(self) -> bool:
@@ -230,6 +248,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         fields: dict[str, Sequence[int]] = {
             "stop_token_ids": self.stop_token_ids or (),
             "allowed_token_ids": self.allowed_token_ids or (),
+            "logprob_token_ids": self.logprob_token_ids or (),
             "logit_bias": tuple(self.logit_bias or ()),
         }
         for name, ids in fields.items():

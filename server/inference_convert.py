@@ -31,7 +31,9 @@ _OPTIONAL_FIELDS = (
 )
 TEMPLATE_FIELD = "chat_template_kwargs_json"
 EXTRA_ARGS_FIELD = "extra_args_json"
-_REPEATED_FIELDS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
+_REPEATED_FIELDS = (
+    *("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logprob_token_ids"),
+)
 
 _REASONS = {
     "stop": engine_pb2.Finish.REASON_STOP,

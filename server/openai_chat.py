@@ -65,7 +65,9 @@ def build_sampling(state: ServerState, body: ChatRequest, prepared: Prepared) ->
         openai_run.check_length(prepared, max_tokens, info.max_model_len, "messages")
     if max_tokens is None:
         max_tokens = info.default_sampling_params.get("max_tokens")
-    num_top = (body.top_logprobs or 0) if body.logprobs else None
+    num_top = body.top_logprobs
+    if num_top is None and body.logprobs and not body.logprob_token_ids:
+        num_top = 0
     return body.build_sampling(
         info.default_sampling_params,
         max_tokens=max_tokens,
@@ -116,7 +118,9 @@ class _Answer:
 
     async def events(self, outputs: Outputs) -> AsyncGenerator[bytes, None]:
         body = self._body
-        has_extras = bool(body.logprobs or body.return_token_ids or body.has_continuous_usage)
+        has_extras = bool(
+            body.top is not None or body.return_token_ids or body.has_continuous_usage
+        )
         started: set[int] = set()
         async for _, output in outputs:
             self._counter.add(0, output)
@@ -153,11 +157,11 @@ class _Answer:
         return self._chunks.choice(choice, usage)
 
     def _logprobs(self, completion: CompletionOutput) -> dict[str, Any] | None:
-        if completion.logprobs is None:
+        top = self._body.top
+        if completion.logprobs is None or top is None:
             return None
-        num_top = self._body.top_logprobs or 0
         return openai_render.chat_logprobs(
-            completion.token_ids, completion.logprobs, num_top, self._text_of, self._bytes_of
+            completion.token_ids, completion.logprobs, top, self._text_of, self._bytes_of
         )
 
     def _token_ids(self, completion: CompletionOutput) -> dict[str, Any]:

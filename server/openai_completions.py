@@ -110,7 +110,7 @@ class _Run:
         counter = UsageCounter(self._state.settings.enable_prompt_tokens_details)
         chunks = openai_render.ChunkWriter("text_completion", response_id, self._state.model_name)
         writers: dict[tuple[int, int], _ChoiceWriter] = {}
-        has_extras = body.logprobs is not None or body.return_token_ids
+        has_extras = body.top is not None or body.return_token_ids
         async for prompt_index, output in outputs:
             self._drop(output)
             counter.add(prompt_index, output)
@@ -146,15 +146,15 @@ class _Run:
     def logprobs(
         self, output: RequestOutput, completion: CompletionOutput, offset: int, *, with_prompt: bool
     ) -> dict[str, Any] | None:
-        num_top = self._body.logprobs
-        if num_top is None:
+        top = self._body.top
+        if top is None:
             return None
         ids = list(completion.token_ids)
         positions = [*(completion.logprobs or ())]
         if with_prompt:
             ids = [*output.prompt_token_ids, *ids]
             positions = [*(output.prompt_logprobs or ()), *positions]
-        return openai_render.completion_logprobs(ids, positions, num_top, self._text_of, offset)
+        return openai_render.completion_logprobs(ids, positions, top, self._text_of, offset)
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ import msgspec
 from jengine.errors import InvalidRequestError
 from jengine.request import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from jengine.server.openai_constraints import constraint_field, read_constraint
+from jengine.server.openai_render import Top
 from jengine.server.request_limits import check_template_variables
 
 COMPLETION_MAX_TOKENS = 16
@@ -56,6 +57,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     spaces_between_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     logit_bias: dict[int, float] | None = None
@@ -148,6 +150,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            logprob_token_ids=self.logprob_token_ids or None,
             allowed_token_ids=self.allowed_token_ids,
             bad_words=self.bad_words or None,
             logit_bias=self.logit_bias,
@@ -172,6 +175,8 @@ class CompletionRequest(SamplingRequest, kw_only=True):
         self.check({"suffix": self.suffix, "best_of": best_of})
         if self.stream and self.prompt_logprobs is not None:
             raise InvalidRequestError("prompt_logprobs", "is not available with stream=true")
+        if self.echo and self.logprob_token_ids:
+            raise InvalidRequestError("logprob_token_ids", "cannot be combined with echo")
         if self.stream and self.echo and self.logprobs is not None and (self.n or 1) > 1:
             raise InvalidRequestError("n", "must be 1 to stream echo with logprobs")
         num_prompts = len(self.prompts())
@@ -179,6 +184,11 @@ class CompletionRequest(SamplingRequest, kw_only=True):
             raise InvalidRequestError(
                 "prompt", f"at most {MAX_PROMPTS} prompts and {MAX_CHOICES} choices in all"
             )
+
+    @property
+    def top(self) -> Top | None:
+        """Whose log-probabilities are shown; None: nobody's."""
+        return self.logprob_token_ids or self.logprobs
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One entry for each prompt."""
@@ -290,6 +300,11 @@ class ChatRequest(SamplingRequest, kw_only=True):
                 "chat_template", "requests may not bring templates (--trust-request-chat-template)"
             )
         check_template_variables("chat_template_kwargs", self.chat_template_kwargs)
+
+    @property
+    def top(self) -> Top | None:
+        """Whose log-probabilities are shown; None: nobody's."""
+        return self.logprob_token_ids or ((self.top_logprobs or 0) if self.logprobs else None)
 
     def template_arguments(self) -> dict[str, Any]:
         """Arguments of `AsyncEngine.render_chat` after the messages."""

@@ -89,6 +89,9 @@ def test_bad_prompts(door: Door, prompt: Any, field: str, says: str) -> None:
         ({"logprobs": 21}, "logprobs", "at most 20"),
         ({"prompt_logprobs": 21}, "prompt_logprobs", "at most 20"),
         ({"logprobs": -1}, "logprobs", "max_logprobs=-1"),
+        ({"logprob_token_ids": [VOCAB_SIZE]}, "logprob_token_ids", "vocabulary"),
+        ({"logprob_token_ids": [1] * 129}, "logprob_token_ids", "at most 128"),
+        ({"logprob_token_ids": [1, 2], "logprobs": 1}, "logprob_token_ids", "their number, 2"),
         ({"truncate_prompt_tokens": MAX_MODEL_LEN + 1}, "truncate_prompt_tokens", "at most 32"),
         ({"bad_words": [" "]}, "bad_words", "no tokens"),
         (
@@ -173,6 +176,10 @@ def test_the_seed_is_the_users_or_drawn(door: Door) -> None:
 def test_the_whole_vocabulary_where_it_is_allowed(tokenizer: Tokenizer) -> None:
     door = Door(tokenizer, max_logprobs=-1)
     assert door(logprobs=-1).sampling.logprobs == -1
+    door = Door(tokenizer, logprobs_mode="processed_logprobs")
+    with pytest.raises(InvalidRequestError, match="logprob_token_ids: needs logprobs_mode raw"):
+        door(logprob_token_ids=[1])
+    door = Door(tokenizer, max_logprobs=-1)
     with pytest.raises(InvalidRequestError, match=f"at most {VOCAB_SIZE}"):
         door(logprobs=VOCAB_SIZE + 1)
 

@@ -137,6 +137,20 @@ def test_logprobs_and_prompt(server: RunningServer) -> None:
     assert (best.token_id, best.logprob, best.rank) == (97, -0.25, 1)
 
 
+def test_logprobs_of_named_tokens(server: RunningServer) -> None:
+    with Client(server.grpc) as client:
+        (joined,) = collect(
+            client.generate("ab", temperature=0, max_tokens=2, logprob_token_ids=[120, 97, 8])
+        )
+    got = [[(c.token_id, c.logprob, c.rank) for c in position] for position in joined.logprobs]
+    others = [(120, -15.0, 121), (8, -1.0, 9)]
+    assert [sorted(position) for position in got] == [
+        sorted([(97, -0.5, 2), *others]),
+        sorted([(98, -0.5, 2), (97, -12.125, 98), *others]),
+    ]
+    assert [position[0][0] for position in got] == [97, 98], "the chosen one first"
+
+
 def test_n_interleaves_and_final_only_does_not(server: RunningServer) -> None:
     with Client(server.grpc) as client:
         streamed = collect(client.generate("ab", n=3, seed=4, max_tokens=6))
@@ -202,6 +216,9 @@ def test_tokenize_a_conversation(server: RunningServer) -> None:
         ("a", {"max_tokens": 0}, "max_tokens"),
         ("a", {"logprobs": 21}, "logprobs"),
         ("a", {"logprobs": -1}, "logprobs"),
+        ("a", {"logprob_token_ids": [300]}, "logprob_token_ids"),
+        ("a", {"logprob_token_ids": [3] * 129}, "logprob_token_ids"),
+        ("a", {"logprob_token_ids": [3], "logprobs": 2}, "logprob_token_ids"),
         ("a", {"logit_bias": {300: 1.0}}, "logit_bias"),
         ("a", {"stop_token_ids": [300]}, "stop_token_ids"),
         ("a", {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
