@@ -11,7 +11,7 @@ from starlette.responses import Response
 from jengine.errors import InvalidRequestError
 from jengine.outputs import CompletionOutput, RequestOutput
 from jengine.request import SamplingParams
-from jengine.server import openai_render, openai_run
+from jengine.server import openai_beams, openai_render, openai_run
 from jengine.server.http_errors import json_response
 from jengine.server.http_io import DONE, EventStream, read_body, unless_gone
 from jengine.server.openai_protocol import ChatRequest
@@ -31,7 +31,8 @@ async def chat_completions(request: Request) -> Response:
     prepared = await render(state, body)
     sampling = build_sampling(state, body, prepared)
     response_id = openai_run.response_id("chatcmpl", request, body)
-    requests = openai_run.submissions([prepared], sampling, response_id, body, ENDPOINT)
+    beams = openai_beams.build_beams(state, body, [prepared.token_ids], sampling.max_tokens)
+    requests = openai_run.submissions([prepared], sampling, response_id, body, ENDPOINT, beams)
     answer = _Answer(state, body, response_id)
     try:
         if body.stream:

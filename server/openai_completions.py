@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from jengine.outputs import CompletionOutput, RequestOutput
 from jengine.request import SamplingParams
-from jengine.server import openai_render, openai_run
+from jengine.server import openai_beams, openai_render, openai_run
 from jengine.server.http_errors import json_response
 from jengine.server.http_io import DONE, EventStream, read_body, unless_gone
 from jengine.server.openai_protocol import COMPLETION_MAX_TOKENS, CompletionRequest
@@ -32,7 +32,9 @@ async def completions(request: Request) -> Response:
     run = _Run(state, body, engine.model_info.default_sampling_params)
     prepared = await run.prepare()
     response_id = openai_run.response_id("cmpl", request, body)
-    requests = openai_run.submissions(prepared, run.sampling, response_id, body, ENDPOINT)
+    prompts = [prompt.token_ids for prompt in prepared]
+    beams = openai_beams.build_beams(state, body, prompts, run.sampling.max_tokens)
+    requests = openai_run.submissions(prepared, run.sampling, response_id, body, ENDPOINT, beams)
     if body.stream:
         outputs = await unless_gone(request, openai_run.peeked(state, requests))
         events = run.events(outputs, response_id, prepared)

@@ -73,16 +73,16 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     structured_outputs: dict[str, Any] | None = None
     vllm_xargs: dict[str, Any] | None = None
     repetition_detection: RepetitionDetectionParams | None = None
+    use_beam_search: bool = False
+    length_penalty: float | None = None
     # Recognised, and refused when they ask for something.
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
     prompt_embeds: Any = None
-    use_beam_search: bool = False
     kv_transfer_params: Any = None
     logits_processors: Any = None
-    length_penalty: float | None = None
 
     def check(self, extra: Mapping[str, object]) -> None:
         """Refuse what cannot be honoured, and check what `SamplingParams` does not."""
@@ -92,10 +92,9 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
             "guided_choice": self.guided_choice,
             "guided_grammar": self.guided_grammar,
             "prompt_embeds": self.prompt_embeds,
-            "use_beam_search": self.use_beam_search,
             "kv_transfer_params": self.kv_transfer_params,
             "logits_processors": self.logits_processors,
-            "length_penalty": self.length_penalty not in (None, 1.0),
+            "length_penalty": not self.use_beam_search and self.length_penalty not in (None, 1.0),
             **extra,
         }
         for name, value in refused.items():
@@ -128,6 +127,13 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
         prompt_logprobs: int | None,
     ) -> SamplingParams:
         """`defaults` are the model's own suggestions; a field of the request wins over them."""
+        if self.use_beam_search:  # nothing is drawn: for the books
+            return SamplingParams(
+                n=1 if self.n is None else self.n,
+                max_tokens=max_tokens,
+                skip_special_tokens=self.skip_special_tokens,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
         fields: dict[str, Any] = {
             name: defaults[name] for name in MODEL_DEFAULTS if name in defaults
         }

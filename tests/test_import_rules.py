@@ -117,6 +117,7 @@ MAY_IMPORT["jengine.server"] = frozenset(
     {
         "jengine",
         "jengine.async_engine",
+        "jengine.beam_search",
         "jengine.client",
         "jengine.determinism",
         "jengine.convert",

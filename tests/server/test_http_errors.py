@@ -66,7 +66,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": "a", "min_tokens": 20}, "min_tokens"),
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix"),
     (COMPLETIONS, {"prompt": "a", "best_of": 3}, "best_of"),
-    (COMPLETIONS, {"prompt": "a", "use_beam_search": True}, "use_beam_search"),
+    (COMPLETIONS, {"prompt": "a", "length_penalty": 2.0}, "length_penalty"),
     (COMPLETIONS, {"prompt": "a", "prompt_embeds": "AAAA"}, "prompt_embeds"),
     (COMPLETIONS, {"prompt": "a", "guided_json": {"type": "object"}}, "guided_json"),
     (COMPLETIONS, {"prompt": "a", "response_format": {"type": "xml"}}, "response_format"),
