@@ -108,13 +108,17 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     structured_outputs: StructuredOutputsParams | None = None
     repetition_detection: RepetitionDetectionParams | None = None
     extra_args: dict[str, Any] | None = None  # for logits processors
+    thinking_token_budget: int | None = None  # -1: no bound
     bad_word_ids: list[list[int]] | None = None  # filled by the front end from `bad_words`
+    thinking_markers: list[list[int]] | None = None  # start and end; filled by the front end, too
 
     def __post_init__(self) -> None:
         if self.seed == -1:
             self.seed = None
         if self.top_k == -1:
             self.top_k = 0
+        if self.thinking_token_budget == -1:
+            self.thinking_token_budget = None
         if isinstance(self.stop, str):
             self.stop = [self.stop]
         if 0.0 < self.temperature < SAMPLING_EPS:
@@ -199,6 +203,8 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             "truncate_prompt_tokens",
             "must be -1 (the model's length) or >= 1",
         )
+        budget = self.thinking_token_budget
+        need(budget is None or budget >= 0, "thinking_token_budget", f"must be >= -1, got {budget}")
         need(all(self.stop_strings), "stop", "must not hold an empty string")
         need(not self.stop or self.detokenize, "stop", "needs detokenize=True")
         need(all(self.bad_words or ()), "bad_words", "must not hold an empty string")

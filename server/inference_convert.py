@@ -27,7 +27,7 @@ _OPTIONAL_FIELDS = (
     ),
     *("repetition_penalty", "max_tokens", "min_tokens", "include_stop_str_in_output", "ignore_eos"),
     *("logprobs", "prompt_logprobs", "truncate_prompt_tokens", "skip_special_tokens"),
-    "spaces_between_special_tokens",
+    *("spaces_between_special_tokens", "thinking_token_budget"),
 )
 TEMPLATE_FIELD = "chat_template_kwargs_json"
 EXTRA_ARGS_FIELD = "extra_args_json"

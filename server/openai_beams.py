@@ -31,6 +31,7 @@ def check_beams(body: CompletionRequest | ChatRequest) -> None:
         "structured_outputs": body.structured_outputs,
         "response_format": constraint is not None,
         "repetition_detection": body.repetition_detection,
+        "thinking_token_budget": body.thinking_token_budget not in (None, -1),
         "vllm_xargs": body.vllm_xargs,
         "prompt_logprobs": body.prompt_logprobs is not None,
         "logprob_token_ids": body.logprob_token_ids,

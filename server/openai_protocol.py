@@ -73,6 +73,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     structured_outputs: dict[str, Any] | None = None
     vllm_xargs: dict[str, Any] | None = None
     repetition_detection: RepetitionDetectionParams | None = None
+    thinking_token_budget: int | None = None
     use_beam_search: bool = False
     length_penalty: float | None = None
     # Recognised, and refused when they ask for something.
@@ -162,6 +163,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
             logit_bias=self.logit_bias,
             extra_args=self.vllm_xargs,
             repetition_detection=self.repetition_detection,
+            thinking_token_budget=self.thinking_token_budget,
             structured_outputs=read_constraint(self.response_format, self.structured_outputs),
             output_kind=(RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY),
         )

@@ -101,6 +101,7 @@ FRONT_END = frozenset(
         "request_stream",
         "sync_engine",
         "teacher_forcing",
+        "thinking_markers",
         "vllm_compat",
     )
 )

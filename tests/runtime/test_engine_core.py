@@ -178,6 +178,30 @@ def test_named_tokens_have_the_logprobs_of_the_whole_vocabulary(pump: CorePump) 
             assert entry.ranks == [order.index(i) + 1 for i in ids]
 
 
+def test_a_thinking_budget_forces_the_end_and_nothing_else(pump: CorePump) -> None:
+    """Before and behind the end marker stands what the model says anyway; companions go on as they
+    are alone."""
+    budget, markers = 5, [[7], [9, 11]]
+    free = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    bound = free.clone(thinking_token_budget=budget, thinking_markers=markers)
+    prompt, closed = [*_tokens(3, 37), 7, 30], [*_tokens(3, 37), 7, 30, 9, 11]
+    expected = pump.alone(prompt, free)[: budget - 1]  # the prompt's 30 counts
+    expected += markers[1]
+    expected += pump.alone(prompt + expected, free.clone(max_tokens=12 - len(expected)))
+    companion = pump.alone(_tokens(4, 40), PARAMS[2], seed=5)
+    pump.messages.clear()
+    pump.submit("bound", prompt, bound)
+    pump.submit("closed", closed, bound)
+    pump.submit("companion", _tokens(4, 40), PARAMS[2], seed=5)
+    pump.drain()
+    tokens = pump.tokens()
+    pump.messages.clear()
+    assert tokens["bound"] == expected
+    assert tokens["closed"] == pump.alone(closed, free)
+    assert tokens["companion"] == companion
+    pump.messages.clear()
+
+
 def test_prompt_and_sampled_logprobs_match_a_teacher_forced_pass(pump: CorePump) -> None:
     runner = pump.core.runner
     prompt = _tokens(9, 70)

@@ -216,6 +216,7 @@ def test_tokenize_a_conversation(server: RunningServer) -> None:
         ("a", {"max_tokens": 0}, "max_tokens"),
         ("a", {"logprobs": 21}, "logprobs"),
         ("a", {"logprobs": -1}, "logprobs"),
+        ("a", {"thinking_token_budget": 3}, "thinking_token_budget"),
         ("a", {"logprob_token_ids": [300]}, "logprob_token_ids"),
         ("a", {"logprob_token_ids": [3] * 129}, "logprob_token_ids"),
         ("a", {"logprob_token_ids": [3], "logprobs": 2}, "logprob_token_ids"),

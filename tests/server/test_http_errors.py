@@ -53,6 +53,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": "a", "logprobs": -1}, "logprobs"),
     (COMPLETIONS, {"prompt": "a", "prompt_logprobs": -1}, "prompt_logprobs"),
     (COMPLETIONS, {"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    (COMPLETIONS, {"prompt": "a", "thinking_token_budget": 3}, "thinking_token_budget"),
+    (COMPLETIONS, {"prompt": "a", "thinking_token_budget": -2}, "thinking_token_budget"),
     (COMPLETIONS, {"prompt": "a", "logprob_token_ids": [999]}, "logprob_token_ids"),
     (COMPLETIONS, {"prompt": "a", "logprob_token_ids": [1] * 129}, "logprob_token_ids"),
     (COMPLETIONS, {"prompt": "a", "logprob_token_ids": [1], "logprobs": 2}, "logprob_token_ids"),
