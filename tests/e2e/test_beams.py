@@ -1,6 +1,7 @@
 """Beam search of a server on a tiny model, and of `LLM`."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from tests.e2e.live import live_server
 from tests.server.harness import post
 
 pytestmark = pytest.mark.slow
-SIZES = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256}
+SIZES: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256}
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.3])
