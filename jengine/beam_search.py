@@ -2,17 +2,30 @@
 width log-probabilities it asks for. Beams share their pages through the prefix cache.
 """
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import dataclasses
+import itertools
+import time
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from jengine.config import EngineConfig
 from jengine.errors import InvalidRequestError
+from jengine.input_processor import TokensPrompt
 from jengine.model_info import ModelInfo
-from jengine.outputs import Logprob, PositionLogprobs
+from jengine.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
 from jengine.request import SamplingParams
+from jengine.text.detokenizer import IncrementalDetokenizer
 from jengine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jengine.async_engine import AsyncEngine
+
+MAX_LENGTH_PENALTY = 32.0  # lengths to this power are floats, and not 0
 
 
 class BeamSearchParams(msgspec.Struct, kw_only=True):
@@ -34,6 +47,12 @@ class BeamSearchParams(msgspec.Struct, kw_only=True):
                 raise InvalidRequestError(name, f"must be at least 1, got {value}")
         if self.temperature < 0:
             raise InvalidRequestError("temperature", f"must be >= 0, got {self.temperature}")
+        if not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:
+            raise InvalidRequestError(
+                "length_penalty",
+                f"must be in [-{MAX_LENGTH_PENALTY:g}, {MAX_LENGTH_PENALTY:g}], "
+                f"got {self.length_penalty}",
+            )
 
     def one_token(self) -> SamplingParams:
         """What a step asks of each beam."""
@@ -77,18 +96,28 @@ class BeamSearch:
         self.beams = [BeamSearchSequence(list(prompt))]
 
     def advance(self, positions: Sequence[PositionLogprobs]) -> None:
-        """`positions`: of each beam, its candidates for the next token."""
-        grown: list[BeamSearchSequence] = []
+        """`positions`: of each beam, its candidates for the next token.
+
+        A beam's lists are copied for those that stay in the race only: over a server, texts are
+        long and this is the event loop.
+        """
+        width = self._params.beam_width
+        grown: list[tuple[float, BeamSearchSequence, int, PositionLogprobs]] = []
         for beam, candidates in zip(self.beams, positions, strict=True):
             for token, candidate in candidates.items():
-                successor = _successor(beam, token, candidate, candidates)
                 if token in self._eos and not self._params.ignore_eos:
+                    successor = _successor(beam, token, candidates)
                     successor.finish_reason = "stop"
                     self._ended.append(successor)
                 else:
-                    grown.append(successor)
-        grown.sort(key=self._score, reverse=True)
-        self.beams = grown[: self._params.beam_width]
+                    length = len(beam.tokens) + (token not in self._eos)
+                    score = self._score_of(beam.cum_logprob + candidate.logprob, length)
+                    grown.append((score, beam, token, candidates))
+        grown.sort(key=lambda entry: entry[0], reverse=True)
+        self._ended = self.best()
+        self.beams = [
+            _successor(beam, token, candidates) for _, beam, token, candidates in grown[:width]
+        ]
         if self.beams and len(self.beams[0].tokens) == self._num_prompt + self._params.max_tokens:
             for beam in self.beams:
                 beam.finish_reason = "length"
@@ -108,7 +137,101 @@ class BeamSearch:
 
     def _score(self, beam: BeamSearchSequence) -> float:
         length = len(beam.tokens) - (beam.tokens[-1] in self._eos)
-        return beam.cum_logprob / length**self._params.length_penalty
+        return self._score_of(beam.cum_logprob, length)
+
+    def _score_of(self, cum_logprob: float, length: int) -> float:
+        return cum_logprob / length**self._params.length_penalty
+
+
+async def search_beams(
+    engine: "AsyncEngine",
+    token_ids: list[int],
+    params: BeamSearchParams,
+    request_id: str,
+    *,
+    prompt: str | None = None,
+    skip_special_tokens: bool = True,
+    **options: Any,
+) -> AsyncGenerator[RequestOutput, None]:
+    """The search of one prompt, checked by `check_search`. One output, at the end, whose
+    completions are the beams: their own tokens and text, less an end of sequence in the text.
+    `prompt` is only handed back.
+
+    `options` are those of `AsyncEngine.generate`, and so are the errors: every step's. Closing or
+    cancelling it aborts what is under way. A beam that ends with an error ends the search with it.
+    """
+    search = BeamSearch(token_ids, params, engine.model_info.eos_token_ids)
+    one_token = params.one_token()
+    first: RequestOutput | None = None
+    completions: list[CompletionOutput] = []
+    for step in itertools.count():
+        if not search.beams:
+            break
+        outputs = await _together(
+            engine.generate(
+                TokensPrompt(prompt_token_ids=beam.tokens),
+                one_token,
+                f"{request_id}-{step}-{i}",
+                **options,
+            )
+            for i, beam in enumerate(search.beams)
+        )
+        first = first or outputs[0]
+        answers = [output.outputs[0] for output in outputs]
+        candidates = [answer.logprobs[0] for answer in answers if answer.logprobs]
+        if len(candidates) < len(answers):
+            reason = next(answer.finish_reason for answer in answers if not answer.logprobs)
+            completions = [CompletionOutput(0, "", [], finish_reason=reason)]
+            break
+        search.advance(candidates)
+    for index, beam in enumerate([] if completions else search.best()):
+        text = IncrementalDetokenizer(
+            engine.tokenizer, token_ids, skip_special_tokens=skip_special_tokens
+        )
+        own = beam.tokens[len(token_ids) :]
+        shown = own[:-1] if beam.finish_reason == "stop" else own
+        completions.append(
+            CompletionOutput(
+                index,
+                text.add(shown) + text.finish(),
+                own,
+                beam.cum_logprob,
+                beam.logprobs,
+                beam.finish_reason,
+                beam.stop_reason,
+            )
+        )
+    assert first is not None  # a search has a step
+    now = time.time()
+    yield RequestOutput(
+        request_id,
+        prompt,
+        token_ids,
+        None,
+        completions,
+        finished=True,
+        metrics=first.metrics
+        and dataclasses.replace(first.metrics, last_token_time=now, finished_time=now),
+        num_cached_tokens=first.num_cached_tokens,
+    )
+
+
+async def _together(
+    requests: Iterable[AsyncGenerator[RequestOutput, None]],
+) -> list[RequestOutput]:
+    """The last output of each. If one fails, the others are aborted."""
+
+    async def last(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
+        async with aclosing(outputs):
+            return [output async for output in outputs][-1]
+
+    tasks = [asyncio.ensure_future(last(outputs)) for outputs in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def check_search(
@@ -139,13 +262,10 @@ def check_search(
 
 
 def _successor(
-    beam: BeamSearchSequence,
-    token: int,
-    candidate: Logprob,
-    candidates: Mapping[int, Logprob],
+    beam: BeamSearchSequence, token: int, candidates: Mapping[int, Logprob]
 ) -> BeamSearchSequence:
     return BeamSearchSequence(
         [*beam.tokens, token],
         [*beam.logprobs, dict(candidates)],
-        cum_logprob=beam.cum_logprob + candidate.logprob,
+        cum_logprob=beam.cum_logprob + candidates[token].logprob,
     )

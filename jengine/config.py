@@ -223,6 +223,14 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningConfig:
+    """The texts around what a model thinks (vLLM's names), for `thinking_token_budget`."""
+
+    reasoning_start_str: str = "<think>"
+    reasoning_end_str: str = "</think>"
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything an engine is built from. Picklable and hashable parts only; no derived state."""
 
@@ -241,6 +249,7 @@ class EngineConfig:
     # Functions, "module:function", or names of entry points (`logits_processors.py`). To a
     # core in a process of its own only strings can be sent.
     logits_processors: tuple[Any, ...] = ()
+    reasoning_config: ReasoningConfig | None = None
     disable_log_stats: bool = False
 
     def __post_init__(self) -> None:
@@ -326,12 +335,15 @@ class EngineConfig:
             built[name] = part(model=model, **mine) if part is ModelArgs else part(**mine)
         if "logits_processors" in kwargs:
             kwargs["logits_processors"] = tuple(kwargs["logits_processors"])
+        if isinstance(reasoning := kwargs.get("reasoning_config"), dict):
+            kwargs["reasoning_config"] = ReasoningConfig(**reasoning)
         names = (
             "gang",
             "max_logprobs",
             "logprobs_mode",
             "batch_invariant",
             "logits_processors",
+            "reasoning_config",
             "disable_log_stats",
         )
         own = {k: kwargs.pop(k) for k in names if k in kwargs}

@@ -18,6 +18,7 @@ from jengine.core.data_ranks import AnyScheduler, build_scheduler
 from jengine.core.held import CompilingRequests
 from jengine.core.kv_manager import KVManager
 from jengine.core.plan import RequestUpdate, TokenLogprobs
+from jengine.core.thinking import ThinkingBudget
 from jengine.errors import InvalidRequestError, JengineError, QueueFullError, UnsupportedError
 from jengine.grammar.matcher import MatcherPool
 from jengine.models.loader import ModelDefinition
@@ -263,9 +264,11 @@ class EngineCore:
             seed=message.seed,
             # What comes with each position has no other way than step by step.
             is_streamed=message.is_streamed
-            or sampling.logprobs is not None
+            or sampling.wants_logprobs
             or sampling.prompt_logprobs is not None,
         )
+        if sampling.thinking_markers is not None:  # has no grammar: the front end checked
+            request.constrain(ThinkingBudget(request, self.runner.vocab_size))
         if not message.grammar:
             self._admit(request)
         elif len(self._compiling) >= self._config.scheduler.max_num_waiting:
@@ -373,4 +376,4 @@ class EngineCore:
 def _wire(entries: list[TokenLogprobs] | None) -> list[LogprobsData] | None:
     if entries is None:
         return None
-    return [LogprobsData(e.token_ids, e.logprobs, e.rank) for e in entries]
+    return [LogprobsData(e.token_ids, e.logprobs, e.rank, e.ranks) for e in entries]

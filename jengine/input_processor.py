@@ -24,6 +24,7 @@ from jengine.protocol import CoreRequest
 from jengine.request import MAX_BANNED_IDS, SamplingParams
 from jengine.structured_outputs import FIELD
 from jengine.text.tokenizer import Tokenizer
+from jengine.thinking_markers import find_markers
 
 SEED_BITS = 63  # what a drawn seed holds: fits a signed 64-bit integer, as a user's seed does
 INLINE_CHARS = 2048  # tokenising less than this takes under 0.5 ms: not worth a change of threads
@@ -238,12 +239,18 @@ class InputProcessor:
             encode_arguments(self._info.logits_processors, sampling.extra_args)
         for name in ("logprobs", "prompt_logprobs"):
             self._check_logprobs(name, getattr(sampling, name))
+        if sampling.logprob_token_ids and self._config.logprobs_mode != "raw_logprobs":
+            raise InvalidRequestError(
+                "logprob_token_ids",
+                f"needs logprobs_mode raw_logprobs, not {self._config.logprobs_mode}",
+            )
         if self._tokenizer is None:
             if sampling.stop_strings or sampling.bad_words:
                 raise InvalidRequestError(
                     "stop", "needs a tokenizer: the engine was started with skip_tokenizer_init"
                 )
             sampling = sampling.clone(detokenize=False)
+        markers = find_markers(sampling, self._config.reasoning_config, self._tokenizer)
         bad_word_ids = self._encode_bad_words(sampling.bad_words or ()) or sampling.bad_word_ids
         room = self._info.max_model_len - num_prompt_tokens
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
@@ -251,6 +258,7 @@ class InputProcessor:
             max_tokens=max_tokens,
             min_tokens=min(sampling.min_tokens, max_tokens),
             bad_word_ids=bad_word_ids,
+            thinking_markers=markers,
         )
         self._check_banned(sampling)
         return sampling

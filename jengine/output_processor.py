@@ -178,8 +178,8 @@ class CompletionState:
         self.has_news = False
         self._sampling = sampling
         self._token_ids: list[int] = []
-        self._logprobs: list[PositionLogprobs] | None = None if sampling.logprobs is None else []
-        self._cumulative_logprob: float | None = None if sampling.logprobs is None else 0.0
+        self._logprobs: list[PositionLogprobs] | None = [] if sampling.wants_logprobs else None
+        self._cumulative_logprob: float | None = 0.0 if sampling.wants_logprobs else None
         self._finish_reason: FinishReason | None = None
         self._stop_reason: int | str | None = None
         self._num_tokens_taken = 0
@@ -286,11 +286,11 @@ class CompletionState:
 def build_position_logprobs(
     data: LogprobsData, decode: Callable[[int], str | None]
 ) -> PositionLogprobs:
-    """The chosen token first, then the best k, among which it is not repeated."""
+    """The chosen token first, then the best k or those named, among which it is not repeated."""
     chosen = data.token_ids[0]
     result: PositionLogprobs = {chosen: Logprob(data.logprobs[0], data.rank, decode(chosen))}
-    best = zip(data.token_ids[1:], data.logprobs[1:], strict=True)
-    for rank, (token_id, logprob) in enumerate(best, start=1):
+    ranks = range(1, len(data.token_ids)) if data.ranks is None else data.ranks
+    for token_id, logprob, rank in zip(data.token_ids[1:], data.logprobs[1:], ranks, strict=True):
         if token_id != chosen:
             result[token_id] = Logprob(logprob, rank, decode(token_id))
     return result

@@ -68,6 +68,7 @@ class LogprobsData(msgspec.Struct, array_like=True):
     token_ids: list[int]
     logprobs: list[float]
     rank: int
+    ranks: list[int] | None = None  # of the others, if they are not the best ones in order
 
 
 class Refusal(StrEnum):

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 MAX_N = 128
 MAX_PATTERN_SIZE = 512  # tokens; each size costs a look at every new token
 MIN_TEMPERATURE = 0.01  # of those that are not greedy
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BANNED_IDS = 128  # stop ids held back by min_tokens plus last tokens of bad words, per request
 SAMPLING_EPS = 1e-5
 FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38  # what the device's numbers hold, rounded inwards
@@ -72,8 +73,9 @@ class SamplingParams(msgspec.Struct, kw_only=True):
 
     `temperature` below 1e-5 is greedy, else raised to 0.01 at least. `top_k` 0 or -1 keeps all.
     `logprobs` / `prompt_logprobs`: None off, k >= 0 the best k (and always the chosen token), -1
-    the whole vocabulary. `seed` None draws a random seed. `max_tokens` None means up to the model's
-    length.
+    the whole vocabulary. `logprob_token_ids` asks for those of these tokens instead of the best
+    ones; `logprobs`, if given too, must be their number. `seed` None draws a random seed.
+    `max_tokens` None means up to the model's length.
     """
 
     n: int = 1
@@ -93,6 +95,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -105,13 +108,17 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     structured_outputs: StructuredOutputsParams | None = None
     repetition_detection: RepetitionDetectionParams | None = None
     extra_args: dict[str, Any] | None = None  # for logits processors
+    thinking_token_budget: int | None = None  # -1: no bound
     bad_word_ids: list[list[int]] | None = None  # filled by the front end from `bad_words`
+    thinking_markers: list[list[int]] | None = None  # start and end; filled by the front end, too
 
     def __post_init__(self) -> None:
         if self.seed == -1:
             self.seed = None
         if self.top_k == -1:
             self.top_k = 0
+        if self.thinking_token_budget == -1:
+            self.thinking_token_budget = None
         if isinstance(self.stop, str):
             self.stop = [self.stop]
         if 0.0 < self.temperature < SAMPLING_EPS:
@@ -175,6 +182,17 @@ class SamplingParams(msgspec.Struct, kw_only=True):
                 name,
                 f"must be -1 (whole vocabulary) or >= 0, got {value}",
             )
+        num_named = len(self.logprob_token_ids or ())
+        need(
+            num_named <= MAX_LOGPROB_TOKEN_IDS,
+            "logprob_token_ids",
+            f"must be at most {MAX_LOGPROB_TOKEN_IDS} ids, got {num_named}",
+        )
+        need(
+            self.logprob_token_ids is None or self.logprobs in (None, num_named),
+            "logprob_token_ids",
+            f"logprobs must be left out or be their number, {num_named}, got {self.logprobs}",
+        )
         need(
             self.truncate_prompt_tokens is None or self.truncate_prompt_tokens >= -1,
             "truncate_prompt_tokens",
@@ -185,6 +203,8 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             "truncate_prompt_tokens",
             "must be -1 (the model's length) or >= 1",
         )
+        budget = self.thinking_token_budget
+        need(budget is None or budget >= 0, "thinking_token_budget", f"must be >= -1, got {budget}")
         need(all(self.stop_strings), "stop", "must not hold an empty string")
         need(not self.stop or self.detokenize, "stop", "needs detokenize=True")
         need(all(self.bad_words or ()), "bad_words", "must not hold an empty string")
@@ -200,6 +220,10 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     def stop_strings(self) -> list[str]:
         stop = self.stop
         return [stop] if isinstance(stop, str) else list(stop or ())
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None or bool(self.logprob_token_ids)
 
     @property
     def reads_prefix_cache(self) -> bool:
@@ -230,6 +254,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         fields: dict[str, Sequence[int]] = {
             "stop_token_ids": self.stop_token_ids or (),
             "allowed_token_ids": self.allowed_token_ids or (),
+            "logprob_token_ids": self.logprob_token_ids or (),
             "logit_bias": tuple(self.logit_bias or ()),
         }
         for name, ids in fields.items():

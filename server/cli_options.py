@@ -86,11 +86,7 @@ class EngineFlags:
     ] = False
     generation_config: Annotated[
         str | None,
-        _flag(
-            "--generation-config",
-            panel=_MODEL,
-            text="auto: the model's sampling defaults; vllm: none.",
-        ),
+        _flag("--generation-config", panel=_MODEL, text="auto: the model's; vllm: none."),
     ] = None
     max_logprobs: Annotated[
         int | None, _flag("--max-logprobs", panel=_MODEL, text="Largest logprobs; -1: vocabulary.")
@@ -118,6 +114,10 @@ class EngineFlags:
             panel=_MODEL,
             text="module:function, or an entry point's name; may be repeated.",
         ),
+    ] = None
+    reasoning_config: Annotated[
+        str | None,
+        _flag("--reasoning-config", panel=_MODEL, text="JSON: reasoning_start_str, ..._end_str."),
     ] = None
     block_size: Annotated[
         int | None, _flag("--block-size", panel=_CACHE, text="Tokens in a page.")
@@ -256,7 +256,7 @@ class EngineFlags:
         argument, model = given.pop("model_argument"), given.pop("model")
         if (argument is None) == (model is None):
             raise typer.BadParameter("name one model, as MODEL or with --model")
-        for name in ("hf_overrides", "eplb_config"):
+        for name in ("hf_overrides", "eplb_config", "reasoning_config"):
             if (text := given[name]) is not None:
                 given[name] = _json_object(text, f"--{name.replace('_', '-')}")
         cache_dir = given.pop("compile_cache_dir")

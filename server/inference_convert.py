@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
+
 from jengine.errors import InvalidRequestError
 from jengine.outputs import CompletionOutput, PositionLogprobs, RequestOutput, RequestTimings
-from jengine.request import RequestOutputKind, SamplingParams
+from jengine.request import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from jengine.server.proto import engine_pb2
 from jengine.server.request_limits import check_template_variables
 from jengine.structured_outputs import StructuredOutputsParams
@@ -25,17 +27,20 @@ _OPTIONAL_FIELDS = (
     ),
     *("repetition_penalty", "max_tokens", "min_tokens", "include_stop_str_in_output", "ignore_eos"),
     *("logprobs", "prompt_logprobs", "truncate_prompt_tokens", "skip_special_tokens"),
-    "spaces_between_special_tokens",
+    *("spaces_between_special_tokens", "thinking_token_budget"),
 )
 TEMPLATE_FIELD = "chat_template_kwargs_json"
-_REPEATED_FIELDS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
+EXTRA_ARGS_FIELD = "extra_args_json"
+_REPEATED_FIELDS = (
+    *("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logprob_token_ids"),
+)
 
 _REASONS = {
     "stop": engine_pb2.Finish.REASON_STOP,
     "length": engine_pb2.Finish.REASON_LENGTH,
     "abort": engine_pb2.Finish.REASON_ABORT,
     "error": engine_pb2.Finish.REASON_ERROR,
-    "repetition": engine_pb2.Finish.REASON_STOP,  # our protocol's requests cannot ask for it
+    "repetition": engine_pb2.Finish.REASON_REPETITION,
 }
 
 
@@ -52,6 +57,15 @@ def to_sampling_params(
             fields[name] = values
     if message.HasField("structured_outputs"):
         fields["structured_outputs"] = to_structured_outputs(message.structured_outputs)
+    if message.HasField("repetition_detection"):
+        detection = message.repetition_detection
+        fields["repetition_detection"] = RepetitionDetectionParams(
+            max_pattern_size=detection.max_pattern_size,
+            min_pattern_size=detection.min_pattern_size,
+            min_count=detection.min_count,
+        )
+    if message.HasField("extra_args_json"):
+        fields["extra_args"] = to_extra_args(message.extra_args_json)
     if message.logit_bias:
         fields["logit_bias"] = dict(message.logit_bias)
     fields["detokenize"] = wants_text(output) or bool(message.stop)
@@ -73,6 +87,18 @@ def to_structured_outputs(message: engine_pb2.StructuredOutputs) -> StructuredOu
         disable_any_whitespace=message.disable_any_whitespace,
         disable_additional_properties=message.disable_additional_properties,
     )
+
+
+def to_extra_args(text: str) -> dict[str, Any]:
+    """As over HTTP: no NaN, no infinity."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except RecursionError:
+        raise InvalidRequestError(EXTRA_ARGS_FIELD, "is nested too deeply") from None
+    except msgspec.ValidationError:
+        raise InvalidRequestError(EXTRA_ARGS_FIELD, "must be a JSON object") from None
+    except ValueError as error:  # msgspec's own, and of text that is no UTF-8
+        raise InvalidRequestError(EXTRA_ARGS_FIELD, f"is not JSON: {error}") from None
 
 
 def to_messages(messages: Any) -> list[dict[str, str]]:
@@ -162,7 +188,9 @@ class ResponseBuilder:
                 cached_tokens=output.num_cached_tokens or 0,
             ),
         )
-        if isinstance(completion.stop_reason, str):
+        if completion.finish_reason != "stop":
+            pass  # the reason of a repetition is no text of the completion
+        elif isinstance(completion.stop_reason, str):
             finish.stop_text = completion.stop_reason
         elif completion.stop_reason is not None:
             finish.stop_token_id = completion.stop_reason

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from jengine.errors import InvalidRequestError
 from jengine.outputs import CompletionOutput, RequestOutput
 from jengine.request import SamplingParams
-from jengine.server import openai_render, openai_run
+from jengine.server import openai_beams, openai_render, openai_run
 from jengine.server.http_errors import json_response
 from jengine.server.http_io import DONE, EventStream, read_body, unless_gone
 from jengine.server.openai_messages import MessageFormat, MessageWriter, message_format
@@ -40,7 +40,8 @@ async def chat_completions(request: Request) -> Response:
     if not form.is_plain:  # the tags may be special tokens
         sampling.skip_special_tokens = False
     response_id = openai_run.response_id("chatcmpl", request, body)
-    requests = openai_run.submissions([prepared], sampling, response_id, body, ENDPOINT)
+    beams = openai_beams.build_beams(state, body, [prepared.token_ids], sampling.max_tokens)
+    requests = openai_run.submissions([prepared], sampling, response_id, body, ENDPOINT, beams)
     answer = _Answer(state, body, form, response_id)
     try:
         if body.stream:
@@ -74,7 +75,9 @@ def build_sampling(state: ServerState, body: ChatRequest, prepared: Prepared) ->
         openai_run.check_length(prepared, max_tokens, info.max_model_len, "messages")
     if max_tokens is None:
         max_tokens = info.default_sampling_params.get("max_tokens")
-    num_top = (body.top_logprobs or 0) if body.logprobs else None
+    num_top = body.top_logprobs
+    if num_top is None and body.logprobs and not body.logprob_token_ids:
+        num_top = 0
     return body.build_sampling(
         info.default_sampling_params,
         max_tokens=max_tokens,
@@ -144,7 +147,9 @@ class _Answer:
 
     def _events_of(self, completion: CompletionOutput, writer: MessageWriter) -> Iterator[bytes]:
         body, index, is_last = self._body, completion.index, completion.finish_reason is not None
-        has_fields = bool(body.logprobs or body.return_token_ids or body.has_continuous_usage)
+        has_fields = bool(
+            body.top is not None or body.return_token_ids or body.has_continuous_usage
+        )
         deltas = writer.deltas(completion.text, is_last=is_last)
         last = None  # has the fields
         if is_last or has_fields:
@@ -178,11 +183,11 @@ class _Answer:
         }
 
     def _logprobs(self, completion: CompletionOutput) -> dict[str, Any] | None:
-        if completion.logprobs is None:
+        top = self._body.top
+        if completion.logprobs is None or top is None:
             return None
-        num_top = self._body.top_logprobs or 0
         return openai_render.chat_logprobs(
-            completion.token_ids, completion.logprobs, num_top, self._text_of, self._bytes_of
+            completion.token_ids, completion.logprobs, top, self._text_of, self._bytes_of
         )
 
     def _token_ids(self, completion: CompletionOutput) -> dict[str, Any]:

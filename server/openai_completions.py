@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from jengine.outputs import CompletionOutput, RequestOutput
 from jengine.request import SamplingParams
-from jengine.server import openai_render, openai_run
+from jengine.server import openai_beams, openai_render, openai_run
 from jengine.server.http_errors import json_response
 from jengine.server.http_io import DONE, EventStream, read_body, unless_gone
 from jengine.server.openai_protocol import COMPLETION_MAX_TOKENS, CompletionRequest
@@ -32,7 +32,9 @@ async def completions(request: Request) -> Response:
     run = _Run(state, body, engine.model_info.default_sampling_params)
     prepared = await run.prepare()
     response_id = openai_run.response_id("cmpl", request, body)
-    requests = openai_run.submissions(prepared, run.sampling, response_id, body, ENDPOINT)
+    prompts = [prompt.token_ids for prompt in prepared]
+    beams = openai_beams.build_beams(state, body, prompts, run.sampling.max_tokens)
+    requests = openai_run.submissions(prepared, run.sampling, response_id, body, ENDPOINT, beams)
     if body.stream:
         outputs = await unless_gone(request, openai_run.peeked(state, requests))
         events = run.events(outputs, response_id, prepared)
@@ -110,7 +112,7 @@ class _Run:
         counter = UsageCounter(self._state.settings.enable_prompt_tokens_details)
         chunks = openai_render.ChunkWriter("text_completion", response_id, self._state.model_name)
         writers: dict[tuple[int, int], _ChoiceWriter] = {}
-        has_extras = body.logprobs is not None or body.return_token_ids
+        has_extras = body.top is not None or body.return_token_ids
         async for prompt_index, output in outputs:
             self._drop(output)
             counter.add(prompt_index, output)
@@ -146,15 +148,15 @@ class _Run:
     def logprobs(
         self, output: RequestOutput, completion: CompletionOutput, offset: int, *, with_prompt: bool
     ) -> dict[str, Any] | None:
-        num_top = self._body.logprobs
-        if num_top is None:
+        top = self._body.top
+        if top is None:
             return None
         ids = list(completion.token_ids)
         positions = [*(completion.logprobs or ())]
         if with_prompt:
             ids = [*output.prompt_token_ids, *ids]
             positions = [*(output.prompt_logprobs or ()), *positions]
-        return openai_render.completion_logprobs(ids, positions, num_top, self._text_of, offset)
+        return openai_render.completion_logprobs(ids, positions, top, self._text_of, offset)
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ import msgspec
 from jengine.errors import InvalidRequestError
 from jengine.request import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from jengine.server.openai_constraints import constraint_field, read_constraint
+from jengine.server.openai_render import Top
 from jengine.server.request_limits import check_template_variables
 
 COMPLETION_MAX_TOKENS = 16
@@ -57,6 +58,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     spaces_between_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     logit_bias: dict[int, float] | None = None
@@ -72,16 +74,17 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     structured_outputs: dict[str, Any] | None = None
     vllm_xargs: dict[str, Any] | None = None
     repetition_detection: RepetitionDetectionParams | None = None
+    thinking_token_budget: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float | None = None
     # Recognised, and refused when they ask for something.
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
     prompt_embeds: Any = None
-    use_beam_search: bool = False
     kv_transfer_params: Any = None
     logits_processors: Any = None
-    length_penalty: float | None = None
 
     def check(self, extra: Mapping[str, object]) -> None:
         """Refuse what cannot be honoured, and check what `SamplingParams` does not."""
@@ -91,10 +94,9 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
             "guided_choice": self.guided_choice,
             "guided_grammar": self.guided_grammar,
             "prompt_embeds": self.prompt_embeds,
-            "use_beam_search": self.use_beam_search,
             "kv_transfer_params": self.kv_transfer_params,
             "logits_processors": self.logits_processors,
-            "length_penalty": self.length_penalty not in (None, 1.0),
+            "length_penalty": not self.use_beam_search and self.length_penalty not in (None, 1.0),
             **extra,
         }
         for name, value in refused.items():
@@ -127,6 +129,13 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
         prompt_logprobs: int | None,
     ) -> SamplingParams:
         """`defaults` are the model's own suggestions; a field of the request wins over them."""
+        if self.use_beam_search:  # nothing is drawn: for the books
+            return SamplingParams(
+                n=1 if self.n is None else self.n,
+                max_tokens=max_tokens,
+                skip_special_tokens=self.skip_special_tokens,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
         fields: dict[str, Any] = {
             name: defaults[name] for name in MODEL_DEFAULTS if name in defaults
         }
@@ -149,11 +158,13 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            logprob_token_ids=self.logprob_token_ids or None,
             allowed_token_ids=self.allowed_token_ids,
             bad_words=self.bad_words or None,
             logit_bias=self.logit_bias,
             extra_args=self.vllm_xargs,
             repetition_detection=self.repetition_detection,
+            thinking_token_budget=self.thinking_token_budget,
             structured_outputs=read_constraint(self.response_format, self.structured_outputs),
             output_kind=(RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY),
         )
@@ -173,6 +184,8 @@ class CompletionRequest(SamplingRequest, kw_only=True):
         self.check({"suffix": self.suffix, "best_of": best_of})
         if self.stream and self.prompt_logprobs is not None:
             raise InvalidRequestError("prompt_logprobs", "is not available with stream=true")
+        if self.echo and self.logprob_token_ids:
+            raise InvalidRequestError("logprob_token_ids", "cannot be combined with echo")
         if self.stream and self.echo and self.logprobs is not None and (self.n or 1) > 1:
             raise InvalidRequestError("n", "must be 1 to stream echo with logprobs")
         num_prompts = len(self.prompts())
@@ -180,6 +193,11 @@ class CompletionRequest(SamplingRequest, kw_only=True):
             raise InvalidRequestError(
                 "prompt", f"at most {MAX_PROMPTS} prompts and {MAX_CHOICES} choices in all"
             )
+
+    @property
+    def top(self) -> Top | None:
+        """Whose log-probabilities are shown; None: nobody's."""
+        return self.logprob_token_ids or self.logprobs
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One entry for each prompt."""
@@ -308,6 +326,11 @@ class ChatRequest(SamplingRequest, kw_only=True):
                 "chat_template", "requests may not bring templates (--trust-request-chat-template)"
             )
         check_template_variables("chat_template_kwargs", self.chat_template_kwargs)
+
+    @property
+    def top(self) -> Top | None:
+        """Whose log-probabilities are shown; None: nobody's."""
+        return self.logprob_token_ids or ((self.top_logprobs or 0) if self.logprobs else None)
 
     def template_arguments(self) -> dict[str, Any]:
         """Arguments of `AsyncEngine.render_chat` after the messages."""

@@ -7,7 +7,7 @@ through a model class.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -18,6 +18,7 @@ IMPOSSIBLE = -9999.0  # JSON has no -inf
 encode = msgspec.json.encode
 TokenText = Callable[[int], str]
 TokenBytes = Callable[[int], bytes]
+Top = int | Collection[int]  # the best so many tokens, or these
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class ChunkWriter:
 def chat_logprobs(
     token_ids: Sequence[int],
     positions: Sequence[PositionLogprobs],
-    num_top: int,
+    top: Top,
     text_of: TokenText,
     bytes_of: TokenBytes,
 ) -> dict[str, Any]:
@@ -83,8 +84,7 @@ def chat_logprobs(
     for token_id, position in zip(token_ids, positions, strict=True):
         entry = _chat_logprob(token_id, position[token_id], text_of, bytes_of)
         entry["top_logprobs"] = [
-            _chat_logprob(other, value, text_of, bytes_of)
-            for other, value in _best(position)[:num_top]
+            _chat_logprob(other, value, text_of, bytes_of) for other, value in _shown(position, top)
         ]
         content.append(entry)
     return {"content": content}
@@ -93,7 +93,7 @@ def chat_logprobs(
 def completion_logprobs(
     token_ids: Sequence[int],
     positions: Sequence[PositionLogprobs | None],
-    num_top: int,
+    top: Top,
     text_of: TokenText,
     offset: int,
 ) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def completion_logprobs(
             continue
         result["token_logprobs"].append(_finite(position[token_id].logprob))
         # As vLLM: the chosen token is listed too when it is not among the best.
-        shown = dict([*_best(position)[:num_top], (token_id, position[token_id])])
+        shown = dict([*_shown(position, top), (token_id, position[token_id])])
         result["top_logprobs"].append(
             {text_of(other): _finite(value.logprob) for other, value in shown.items()}
         )
@@ -159,8 +159,11 @@ def _prompt_position(position: PositionLogprobs) -> dict[str, Any]:
     }
 
 
-def _best(position: PositionLogprobs) -> list[tuple[int, Logprob]]:
-    return sorted(position.items(), key=lambda item: item[1].rank or 0)
+def _shown(position: PositionLogprobs, top: Top) -> list[tuple[int, Logprob]]:
+    ranked = sorted(position.items(), key=lambda item: item[1].rank or 0)
+    if isinstance(top, int):
+        return ranked[: None if top < 0 else top]
+    return [item for item in ranked if item[0] in top]
 
 
 def _finite(value: float) -> float:

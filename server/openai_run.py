@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from jengine.beam_search import BeamSearchParams
 from jengine.errors import InvalidRequestError
 from jengine.outputs import CompletionOutput, RequestOutput
 from jengine.request import SamplingParams
@@ -60,6 +61,7 @@ def submissions(
     base_id: str,
     body: SamplingRequest,
     endpoint: str,
+    beams: BeamSearchParams | None,
 ) -> list[Submission]:
     """One for each prompt; with several, their ids get a number."""
     return [
@@ -72,6 +74,7 @@ def submissions(
             priority=body.priority,
             cache_salt=body.cache_salt or "",
             constraint_field=body.constraint_field,
+            beams=beams,
         )
         for index, prompt in enumerate(prepared)
     ]

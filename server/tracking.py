@@ -9,7 +9,9 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
+from jengine.beam_search import BeamSearchParams, search_beams
 from jengine.errors import InvalidRequestError, JengineError
 from jengine.input_processor import TokensPrompt
 from jengine.outputs import RequestOutput
@@ -35,6 +37,7 @@ class Submission:
     cache_salt: str = ""
     deadline: float | None = None
     constraint_field: str = ""  # what this protocol calls the constraint, if not as we do
+    beams: BeamSearchParams | None = None  # a search; `sampling` says its `n` and `max_tokens`
 
 
 async def tracked(
@@ -52,14 +55,23 @@ async def tracked(
     state.last_receive_time = time.time()
     try:
         check_sizes(submission.sampling, submission.cache_salt, engine.model_info.vocab_size)
-        outputs = engine.generate(
-            prompt,
-            submission.sampling,
-            request_id,
-            priority=submission.priority,
-            cache_salt=submission.cache_salt,
-            deadline=submission.deadline,
-        )
+        options: dict[str, Any] = {
+            "priority": submission.priority,
+            "cache_salt": submission.cache_salt,
+            "deadline": submission.deadline,
+        }
+        if submission.beams is None:
+            outputs = engine.generate(prompt, submission.sampling, request_id, **options)
+        else:
+            outputs = search_beams(
+                engine,
+                submission.prompt_token_ids,
+                submission.beams,
+                request_id,
+                prompt=submission.prompt,
+                skip_special_tokens=submission.sampling.skip_special_tokens,
+                **options,
+            )
         # aclosing: leaving an `async for` does not close the generator behind it, and only closing
         # aborts.
         async with aclosing(outputs):

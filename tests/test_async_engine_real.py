@@ -11,6 +11,7 @@ import pytest_asyncio
 import torch
 
 from jengine.async_engine import AsyncEngine
+from jengine.beam_search import BeamSearchParams, search_beams
 from jengine.config import EngineConfig
 from tests.oracles.tiny_llama import make_tiny_llama
 from tests.test_async_engine import collect, greedy, text_of
@@ -60,6 +61,28 @@ async def test_real_greedy_tokens_are_those_of_transformers(
     for prompt, outputs in zip(prompts, await asyncio.gather(*streams), strict=True):
         ours = [i for o in outputs for i in o.outputs[0].token_ids]
         assert ours == _generate_with_torch(tiny[1], prompt, 12)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_beams_are_those_of_transformers(
+    real: AsyncEngine, tiny: tuple[Path, torch.nn.Module]
+) -> None:
+    prompt = list(range(7, 40))
+    params = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
+    (output,) = [o async for o in search_beams(real, prompt, params, "beams", prompt="as text")]
+    with torch.no_grad():
+        model: Any = tiny[1]
+        theirs = model.generate(
+            torch.tensor([prompt]), num_beams=3, num_return_sequences=3, max_new_tokens=5,
+            do_sample=False, eos_token_id=None,
+        )  # fmt: skip
+    assert [prompt + beam.token_ids for beam in output.outputs] == theirs.tolist()
+    assert (output.prompt, output.prompt_token_ids) == ("as text", prompt)
+    for beam in output.outputs:
+        chosen = [p[t].logprob for t, p in zip(beam.token_ids, beam.logprobs or [], strict=True)]
+        assert beam.cumulative_logprob == pytest.approx(sum(chosen), abs=1e-5)
+        assert beam.text == await real.decode(beam.token_ids, skip_special_tokens=True)
+    assert await has_no_pages(real)
 
 
 def _generate_with_torch(model: torch.nn.Module, prompt: list[int], num_tokens: int) -> list[int]:

@@ -101,6 +101,7 @@ FRONT_END = frozenset(
         "request_stream",
         "sync_engine",
         "teacher_forcing",
+        "thinking_markers",
         "vllm_compat",
     )
 )
@@ -117,6 +118,7 @@ MAY_IMPORT["jengine.server"] = frozenset(
     {
         "jengine",
         "jengine.async_engine",
+        "jengine.beam_search",
         "jengine.client",
         "jengine.determinism",
         "jengine.convert",

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jengine.config import EngineConfig
+from jengine.config import EngineConfig, ReasoningConfig
 from jengine.errors import InvalidRequestError
 from jengine.input_processor import InputProcessor, PreparedRequest
 from jengine.model_info import ModelInfo
 from jengine.request import MAX_BANNED_IDS, SamplingParams
+from jengine.structured_outputs import StructuredOutputsParams
 from jengine.text.tokenizer import Tokenizer
 from tests.oracles.echo_core import EOS_ID, VOCAB_SIZE, make_echo_model
 
@@ -89,6 +90,10 @@ def test_bad_prompts(door: Door, prompt: Any, field: str, says: str) -> None:
         ({"logprobs": 21}, "logprobs", "at most 20"),
         ({"prompt_logprobs": 21}, "prompt_logprobs", "at most 20"),
         ({"logprobs": -1}, "logprobs", "max_logprobs=-1"),
+        ({"logprob_token_ids": [VOCAB_SIZE]}, "logprob_token_ids", "vocabulary"),
+        ({"logprob_token_ids": [1] * 129}, "logprob_token_ids", "at most 128"),
+        ({"logprob_token_ids": [1, 2], "logprobs": 1}, "logprob_token_ids", "their number, 2"),
+        ({"thinking_token_budget": 3}, "thinking_token_budget", "reasoning_config"),
         ({"truncate_prompt_tokens": MAX_MODEL_LEN + 1}, "truncate_prompt_tokens", "at most 32"),
         ({"bad_words": [" "]}, "bad_words", "no tokens"),
         (
@@ -170,9 +175,31 @@ def test_the_seed_is_the_users_or_drawn(door: Door) -> None:
     assert [child.seed for child in door(n=2, seed=2**63 - 1).children] == [2**63 - 1, 2**63]
 
 
+def test_a_thinking_budget_brings_its_markers(tokenizer: Tokenizer) -> None:
+    config = ReasoningConfig(reasoning_start_str="<t>", reasoning_end_str="</t>")
+    door = Door(tokenizer, reasoning_config=config)
+    (child,) = door(thinking_token_budget=0).children
+    assert child.sampling.thinking_markers == [list(b"<t>"), list(b"</t>")]
+    for params in (door(thinking_token_budget=-1), door(thinking_markers=[[1], [2]])):
+        assert params.sampling.thinking_token_budget is None
+        assert params.sampling.thinking_markers is None
+    for more in (
+        {"allowed_token_ids": list(b"</t")},
+        {"structured_outputs": StructuredOutputsParams(regex="a")},
+    ):
+        with pytest.raises(InvalidRequestError, match="thinking_token_budget: "):
+            door(thinking_token_budget=1, **more)
+    with pytest.raises(InvalidRequestError, match="must be >= -1, got -2"):
+        door(thinking_token_budget=-2)
+
+
 def test_the_whole_vocabulary_where_it_is_allowed(tokenizer: Tokenizer) -> None:
     door = Door(tokenizer, max_logprobs=-1)
     assert door(logprobs=-1).sampling.logprobs == -1
+    door = Door(tokenizer, logprobs_mode="processed_logprobs")
+    with pytest.raises(InvalidRequestError, match="logprob_token_ids: needs logprobs_mode raw"):
+        door(logprob_token_ids=[1])
+    door = Door(tokenizer, max_logprobs=-1)
     with pytest.raises(InvalidRequestError, match=f"at most {VOCAB_SIZE}"):
         door(logprobs=VOCAB_SIZE + 1)
 

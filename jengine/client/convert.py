@@ -29,6 +29,7 @@ from jengine.errors import (
     QueueFullError,
     UnsupportedError,
 )
+from jengine.request import RepetitionDetectionParams
 from jengine.server.proto import engine_pb2 as pb
 from jengine.structured_outputs import StructuredOutputsParams
 
@@ -37,6 +38,7 @@ _REASONS = {
     pb.Finish.REASON_LENGTH: "length",
     pb.Finish.REASON_ABORT: "abort",
     pb.Finish.REASON_ERROR: "error",
+    pb.Finish.REASON_REPETITION: "repetition",
 }
 
 
@@ -92,7 +94,11 @@ def _sampling(fields: Mapping[str, Any]) -> pb.SamplingParams:
         given["stop"] = [given["stop"]]
     if isinstance(constraint := given.get("structured_outputs"), StructuredOutputsParams):
         given["structured_outputs"] = _structured_outputs(constraint)
+    if isinstance(detection := given.get("repetition_detection"), RepetitionDetectionParams):
+        given["repetition_detection"] = msgspec.structs.asdict(detection)
     try:
+        if (extra_args := given.pop("extra_args", None)) is not None:
+            given["extra_args_json"] = json.dumps(extra_args)
         return pb.SamplingParams(**given)
     except (
         ValueError,

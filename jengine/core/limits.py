@@ -78,7 +78,7 @@ def num_decodes_ahead(request: Request) -> int:
     """Most tokens that may be sampled for a decoding request before the host sees the first of
     them. Stops are no limit: what is sampled past them is dropped."""
     sampling = request.sampling
-    if request.needs_host_tokens or sampling.logprobs is not None:
+    if request.needs_host_tokens or sampling.wants_logprobs:
         return 1
     num_tokens = len(request.token_ids) + request.num_pending_tokens
     num_ahead = request.max_num_tokens - num_tokens

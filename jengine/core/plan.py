@@ -49,11 +49,13 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: the chosen token first, then the best k, falling."""
+    """Log-probabilities at one position: the chosen token first, then the best k, falling, or the
+    tokens that the request named."""
 
     token_ids: list[int]
     logprobs: list[float]
     rank: int  # rank of the chosen token, 1 = most likely
+    ranks: list[int] | None = None  # of those that were named
 
 
 @dataclass(frozen=True, slots=True)

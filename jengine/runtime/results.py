@@ -1,5 +1,6 @@
 """Reading what a step sampled, and log-probabilities that requests asked for, off the device."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -36,23 +37,24 @@ def read_logprobs(
     mode: LogprobsMode = "raw_logprobs",
 ) -> list[TokenLogprobs | None]:
     """Log-probabilities of the tokens sampled in one step, one entry per scheduled request; None
-    where it did not ask.
+    where it did not ask. Of one that names tokens only the sampled token's: see `Scorer.name`.
     """
     is_normalised = mode.endswith("logprobs")
     table = _HostTable(output.logprobs, output.logits, num_top, is_normalised=is_normalised)
     return [
-        table.entry(s, ids[0], count)
-        if item.samples and ids and (count := item.request.sampling.logprobs) is not None
+        table.entry(s, ids[0], 0 if params.logprob_token_ids else params.logprobs or 0)
+        if item.samples and ids and (params := item.request.sampling).wants_logprobs
         else None
         for s, (item, ids) in enumerate(zip(scheduled, token_ids, strict=True))
     ]
 
 
-class PromptScorer:
-    """Log-probabilities of prompt tokens, from the hidden states that a step leaves behind.
+class Scorer:
+    """Log-probabilities of given tokens, from the hidden states that a step leaves behind: of a
+    prompt, and those that a request names.
 
-    A separate program, so that the step never computes logits for a whole prompt; it runs only for
-    requests with `prompt_logprobs`.
+    A separate program, so that the step never computes logits for a whole prompt and takes no lists
+    of ids along; it runs only for requests with `prompt_logprobs` or `logprob_token_ids`.
     """
 
     def __init__(self, score: Callable[..., tuple[Logprobs, jax.Array]], num_top: int) -> None:
@@ -85,6 +87,36 @@ class PromptScorer:
             else:
                 results.append(self._score(hidden_TD[first : first + len(targets)], targets, count))
             first += item.num_tokens
+        return results
+
+    def name(
+        self,
+        hidden: jax.Array,
+        scheduled: Sequence[ScheduledRequest],
+        entries: Sequence[TokenLogprobs | None],
+    ) -> Sequence[TokenLogprobs | None]:
+        """`entries`, each with the tokens that its request names behind the sampled one."""
+        asked: list[tuple[int, int, list[int]]] = []  # index of the entry, row of `hidden`, tokens
+        stop = 0
+        for s, (item, entry) in enumerate(zip(scheduled, entries, strict=True)):
+            stop += item.num_tokens
+            if entry is not None and (named := item.request.sampling.logprob_token_ids):
+                asked.append((s, stop - 1, named))
+        if not asked:
+            return entries
+        hidden_TD = np.asarray(hidden)
+        rows = [row for _, row, named in asked for _ in named]
+        scores = iter(self._score(hidden_TD[rows], [i for _, _, named in asked for i in named], 0))
+        results = list(entries)
+        for s, _, named in asked:
+            sampled, others = entries[s], list(itertools.islice(scores, len(named)))
+            assert sampled is not None
+            results[s] = TokenLogprobs(
+                [*sampled.token_ids, *named],
+                [*sampled.logprobs, *(other.logprobs[0] for other in others)],
+                sampled.rank,
+                [other.rank for other in others],
+            )
         return results
 
     def _score(

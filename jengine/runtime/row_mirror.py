@@ -117,7 +117,7 @@ class RowMirror:
             flags |= RowFlag.SPECIAL
             if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0:
                 flags |= RowFlag.TRUNCATED
-        if p.logprobs is not None:
+        if p.wants_logprobs:
             flags |= RowFlag.LOGPROBS
         if p.prompt_logprobs is not None:
             flags |= RowFlag.PROMPT_LOGPROBS

@@ -18,7 +18,7 @@ from jengine.runtime.buckets import Bucket, pick_bucket
 from jengine.runtime.expert_slots import ExpertBalancer
 from jengine.runtime.forward import MIN_TOKENS, build_forward, build_logprobs, packed
 from jengine.runtime.programs import EMPTY, MOVE_EXPERTS, SCORE, SET_PAGES, SET_ROW
-from jengine.runtime.results import PromptScorer, read_logprobs, read_sampled
+from jengine.runtime.results import Scorer, read_logprobs, read_sampled
 from jengine.runtime.row_mirror import RowMirror, is_adjusted
 from jengine.runtime.shapes import num_bytes
 from jengine.runtime.step import KV, StepOutput, build_step
@@ -94,7 +94,7 @@ class ModelRunner:
             )
             for seqs, words in {layout.mask_shape for layout in self._layouts.values()}
         }
-        self._scorer = PromptScorer(partial(self._call, SCORE), self.spec.num_logprobs)
+        self._scorer = Scorer(partial(self._call, SCORE), self.spec.num_logprobs)
 
         options = any_size_options(blueprint.placement.device.platform, self.spec.batch_invariant)
 
@@ -171,6 +171,7 @@ class ModelRunner:
                 self.spec.num_logprobs,
                 self.spec.logprobs_mode,
             )
+            logprobs = self._scorer.name(output.hidden, plan.scheduled, logprobs)
         if handle.batch.has_prompt_logprobs:
             prompt_logprobs = self._scorer.read(output.hidden, plan.scheduled)
         return StepResult(token_ids, logprobs, prompt_logprobs, failed)

@@ -75,7 +75,8 @@ SHARED_FIELDS = (
     *("presence_penalty", "repetition_penalty", "seed", "stop", "stop_token_ids", "min_tokens"),
     *("max_tokens", "truncate_prompt_tokens", "prompt_logprobs", "allowed_token_ids", "bad_words"),
     *("logit_bias", "stream", "stream_options", "priority", "request_id", "cache_salt", "logprobs"),
-    *("response_format", "structured_outputs"),
+    *("response_format", "structured_outputs", "repetition_detection", "vllm_xargs"),
+    *("logprob_token_ids", "thinking_token_budget", "use_beam_search", "length_penalty"),
 )
 COMPLETION_FIELDS = ("prompt", *SHARED_FIELDS, "echo", "suffix", "best_of")
 CHAT_FIELDS = (
@@ -233,6 +234,9 @@ def combined() -> Iterator[HttpCase]:
         "ignore_eos": [True],
         "truncate_prompt_tokens": [-1, 1, 5],
         "seed": [-1, 0, 2**62],
+        "logprob_token_ids": [[5], list(range(128)), [511] * 3],
+        "use_beam_search": [True],
+        "length_penalty": [-32, 0, 0.5, 32],
         "prompt": ["ab", [3], ["a", "b"], [[3], [4]], "é" * 100],
     }
     for number in range(250):

@@ -203,8 +203,12 @@ class EchoCore:
             if output.finish_reason is not None:
                 del self._running[request.request_id]
                 break
-        if sampling.logprobs is not None:
-            output.logprobs = [_logprobs(i, sampling.logprobs) for i in output.new_token_ids]
+        if sampling.wants_logprobs:
+            named = sampling.logprob_token_ids
+            output.logprobs = [
+                _named(i, named) if named else _logprobs(i, sampling.logprobs or 0)
+                for i in output.new_token_ids
+            ]
         return output
 
     def _next_token(self, running: Running) -> int:
@@ -220,6 +224,12 @@ class EchoCore:
                 output.finish_reason = FinishReason.STOP
             elif token_id in (sampling.stop_token_ids or ()):
                 output.finish_reason, output.stop_reason = FinishReason.STOP, token_id
+        detection, num_outputs = sampling.repetition_detection, len(running.token_ids)
+        if detection is not None and detection.is_met(running.token_ids, num_outputs):
+            output.finish_reason, output.stop_reason = (
+                FinishReason.REPETITION,
+                "repetition_detected",
+            )
         num_tokens = len(running.request.prompt_token_ids) + len(running.token_ids)
         is_full = len(running.token_ids) >= (sampling.max_tokens or 0)
         if output.finish_reason is None and (is_full or num_tokens >= self.max_model_len):
@@ -238,6 +248,17 @@ def _logprobs(token_id: int, k: int) -> LogprobsData:
     best = best[: VOCAB_SIZE if k == -1 else k]
     return LogprobsData(
         [token_id, *best], [-0.5, *(-0.25 * (i + 1) for i in range(len(best)))], rank=2
+    )
+
+
+def _named(token_id: int, named: list[int]) -> LogprobsData:
+    """Token i has rank i + 1 and log-probability -i / 8, the chosen one those of `_logprobs`."""
+    chosen = _logprobs(token_id, 0)
+    return LogprobsData(
+        [token_id, *named],
+        [*chosen.logprobs, *(-i / 8 for i in named)],
+        chosen.rank,
+        [i + 1 for i in named],
     )
 
 

@@ -12,9 +12,6 @@ pytestmark = pytest.mark.skipif(
 )
 OPERATIONS = (
     "add_rms_norm",
-    "grouped_matmul",
-    "latent_attention",
-    "linear",
     "log_softmax_rows",
     "mla_attention",
     "ragged_paged_attention",
@@ -25,7 +22,10 @@ OPERATIONS = (
 )
 SLOW = (
     "compress_tokens",
+    "grouped_matmul",
     "joint_attention",
+    "latent_attention",
+    "linear",
     "norm_and_rotate",
     "read_streams",
     "select_tokens",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from jengine.protocol import LogprobsData
 from jengine.request import SamplingParams
 from tests.oracles.arrivals import Arrival, arrivals
 from tests.oracles.core_pump import CorePump
@@ -145,6 +146,60 @@ def test_kv_is_aliased_in_place(pump: CorePump) -> None:
             if f"f32[{page_shape}]" in line and (" copy(" in line or "copy-start" in line)
         ]  # fmt: skip
         assert not copies, copies
+
+
+def test_named_tokens_have_the_logprobs_of_the_whole_vocabulary(pump: CorePump) -> None:
+    """Among companions, in a prompt of several chunks, in more than one call of the scorer."""
+    named = {"few": [7, 2, VOCAB_SIZE - 1], "many": list(range(1, VOCAB_SIZE, 5))[:128]}
+    base = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+    def entries(**fields: list[int] | int) -> dict[str, list[LogprobsData]]:
+        pump.submit("companion", _tokens(4, 40), PARAMS[3].clone(logprobs=1))
+        for i, (name, ids) in enumerate(named.items()):
+            params = base.clone(**(fields or {"logprob_token_ids": ids}))
+            pump.submit(name, _tokens(i, 45), params)
+        pump.drain()
+        outputs = pump.outputs()
+        pump.messages.clear()
+        return {name: [e for o in outputs[name] for e in o.logprobs or []] for name in named}
+
+    got, whole = entries(), entries(logprobs=-1)
+    for name, ids in named.items():
+        assert len(got[name]) == 4
+        for entry, everything in zip(got[name], whole[name], strict=True):
+            assert entry.token_ids == [everything.token_ids[0], *ids]
+            assert (entry.logprobs[0], entry.rank) == (everything.logprobs[0], everything.rank)
+            best = dict(zip(everything.token_ids[1:], everything.logprobs[1:], strict=True))
+            expected = np.array([best[i] for i in ids])
+            # float32, summed over the vocabulary, against the same logits in float64
+            limit = np.finfo(np.float32).eps * VOCAB_SIZE**0.5 * np.abs(expected).max()
+            np.testing.assert_allclose(entry.logprobs[1:], expected, rtol=0, atol=limit)
+            order = list(best)
+            assert entry.ranks == [order.index(i) + 1 for i in ids]
+
+
+def test_a_thinking_budget_forces_the_end_and_nothing_else(pump: CorePump) -> None:
+    """Before and behind the end marker stands what the model says anyway; companions go on as they
+    are alone."""
+    budget, markers = 5, [[7], [9, 11]]
+    free = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    bound = free.clone(thinking_token_budget=budget, thinking_markers=markers)
+    prompt, closed = [*_tokens(3, 37), 7, 30], [*_tokens(3, 37), 7, 30, 9, 11]
+    expected = pump.alone(prompt, free)[: budget - 1]  # the prompt's 30 counts
+    expected += markers[1]
+    expected += pump.alone(prompt + expected, free.clone(max_tokens=12 - len(expected)))
+    companion = pump.alone(_tokens(4, 40), PARAMS[2], seed=5)
+    pump.messages.clear()
+    pump.submit("bound", prompt, bound)
+    pump.submit("closed", closed, bound)
+    pump.submit("companion", _tokens(4, 40), PARAMS[2], seed=5)
+    pump.drain()
+    tokens = pump.tokens()
+    pump.messages.clear()
+    assert tokens["bound"] == expected
+    assert tokens["closed"] == pump.alone(closed, free)
+    assert tokens["companion"] == companion
+    pump.messages.clear()
 
 
 def test_prompt_and_sampled_logprobs_match_a_teacher_forced_pass(pump: CorePump) -> None:

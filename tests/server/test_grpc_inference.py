@@ -9,12 +9,15 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jengine.client import AsyncClient, CallOptions, Client, RpcFailedError, collect
+from jengine.client.convert import generate_request
 from jengine.errors import (
     DuplicateRequestError,
     InvalidRequestError,
     ModelNotFoundError,
     QueueFullError,
 )
+from jengine.request import RepetitionDetectionParams
+from jengine.server.inference_convert import to_sampling_params
 from jengine.server.proto import engine_pb2 as pb
 from jengine.server.proto import engine_pb2_grpc
 from tests.server.harness import RunningServer, echo_server
@@ -77,6 +80,46 @@ def test_stops(server: RunningServer) -> None:
     assert (eos.finish.reason, eos.finish.stop) == ("stop", None)
 
 
+def test_repetition_ends_with_its_own_reason(server: RunningServer) -> None:
+    detection = RepetitionDetectionParams(max_pattern_size=4, min_count=3)
+    with Client(server.grpc) as client:
+        (round_and_round,) = collect(
+            client.generate("abc", temperature=0, repetition_detection=detection)
+        )
+        (off,) = collect(
+            client.generate("abc", temperature=0, repetition_detection={"max_pattern_size": 0})
+        )
+    assert round_and_round.text == "abcabcabc"
+    assert round_and_round.finish is not None and off.finish is not None
+    assert (round_and_round.finish.reason, round_and_round.finish.stop) == ("repetition", None)
+    assert (off.finish.reason, len(off.token_ids)) == ("length", 16)
+
+
+def test_extra_args_keep_their_types() -> None:
+    """Whole numbers stay whole, which protobuf's own struct would not keep."""
+    extra_args = {"a": 3, "b": 3.0, "c": [True, 2**63], "d": {"e": None}}
+    message = generate_request("a", CallOptions(), {"extra_args": extra_args}).sampling
+    got = to_sampling_params(message, pb.OutputOptions()).extra_args
+    assert repr(got) == repr(extra_args)
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "reason"),
+    [
+        ("[1]", "extra_args_json", "must be a JSON object"),
+        ("", "extra_args_json", "is not JSON"),
+        ('{"a": NaN}', "extra_args_json", "is not JSON"),
+        ('{"a":' * 5000 + "1" + "}" * 5000, "extra_args_json", "is nested too deeply"),
+        ('{"a": 1}', "extra_args", "no logits processor of this engine takes 'a'"),
+    ],
+)
+def test_bad_extra_args(server: RunningServer, text: str, field: str, reason: str) -> None:
+    with Client(server.grpc) as client, pytest.raises(InvalidRequestError) as caught:
+        list(client.generate("a", extra_args_json=text))
+    assert caught.value.field == field
+    assert caught.value.message.startswith(reason)
+
+
 def test_logprobs_and_prompt(server: RunningServer) -> None:
     options = CallOptions(prompt_token_ids=True, request_id="mine")
     with Client(server.grpc) as client:
@@ -92,6 +135,20 @@ def test_logprobs_and_prompt(server: RunningServer) -> None:
     chosen, best = joined.logprobs[1]
     assert (chosen.token_id, chosen.token, chosen.logprob, chosen.rank) == (98, "b", -0.5, 2)
     assert (best.token_id, best.logprob, best.rank) == (97, -0.25, 1)
+
+
+def test_logprobs_of_named_tokens(server: RunningServer) -> None:
+    with Client(server.grpc) as client:
+        (joined,) = collect(
+            client.generate("ab", temperature=0, max_tokens=2, logprob_token_ids=[120, 97, 8])
+        )
+    got = [[(c.token_id, c.logprob, c.rank) for c in position] for position in joined.logprobs]
+    others = [(120, -15.0, 121), (8, -1.0, 9)]
+    assert [sorted(position) for position in got] == [
+        sorted([(97, -0.5, 2), *others]),
+        sorted([(98, -0.5, 2), (97, -12.125, 98), *others]),
+    ]
+    assert [position[0][0] for position in got] == [97, 98], "the chosen one first"
 
 
 def test_n_interleaves_and_final_only_does_not(server: RunningServer) -> None:
@@ -159,9 +216,18 @@ def test_tokenize_a_conversation(server: RunningServer) -> None:
         ("a", {"max_tokens": 0}, "max_tokens"),
         ("a", {"logprobs": 21}, "logprobs"),
         ("a", {"logprobs": -1}, "logprobs"),
+        ("a", {"thinking_token_budget": 3}, "thinking_token_budget"),
+        ("a", {"logprob_token_ids": [300]}, "logprob_token_ids"),
+        ("a", {"logprob_token_ids": [3] * 129}, "logprob_token_ids"),
+        ("a", {"logprob_token_ids": [3], "logprobs": 2}, "logprob_token_ids"),
         ("a", {"logit_bias": {300: 1.0}}, "logit_bias"),
         ("a", {"stop_token_ids": [300]}, "stop_token_ids"),
         ("a", {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ("a", {"repetition_detection": {"max_pattern_size": 513}}, "repetition_detection"),
+        ("a", {"repetition_detection": {"max_pattern_size": 2}}, "repetition_detection"),
+        ("a", {"repetition_detection": {"min_pattern_size": 2}}, "repetition_detection"),
+        ("a", {"repetition_detection": {"min_count": -1}}, "sampling"),
+        ("a", {"extra_args": {"a": {1, 2}}}, "sampling"),
         ("a", {"no_such_field": 1}, "sampling"),
         ("a", {"max_tokens": "many"}, "sampling"),
         ([2**40], {}, "prompt"),

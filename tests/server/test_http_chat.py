@@ -69,6 +69,12 @@ def test_logprobs(server: RunningServer) -> None:
     assert (first["token"], first["bytes"], first["logprob"]) == ("[", [91], -0.5)
     assert [top["logprob"] for top in first["top_logprobs"]] == [-0.25, -0.5]
     assert second["token"] == "u"
+    (choice,) = ask(server, logprob_token_ids=[8, 97], max_tokens=1)["choices"]
+    (first,) = choice["logprobs"]["content"]
+    assert [(top["bytes"], top["logprob"]) for top in first["top_logprobs"]] == [
+        ([8], -1.0),
+        ([97], -12.125),
+    ]
     (choice,) = ask(server, logprobs=True, max_tokens=1)["choices"]
     assert choice["logprobs"]["content"][0]["top_logprobs"] == []
 

@@ -115,6 +115,17 @@ def test_tokens_as_ids(server: RunningServer) -> None:
     assert choice["prompt_token_ids"] == [97, 98]
 
 
+def test_logprobs_of_named_tokens(server: RunningServer) -> None:
+    body = {"prompt": "ab", "logprob_token_ids": [120, 97], "max_tokens": 2}
+    (choice,) = ask(server, **body)["choices"]
+    shown = [{"a": -0.5, "x": -15.0}, {"a": -12.125, "x": -15.0, "b": -0.5}]
+    assert choice["logprobs"]["top_logprobs"] == shown, "with the chosen one, as vLLM"
+    assert choice["logprobs"]["token_logprobs"] == [-0.5, -0.5]
+    assert ask(server, **body, logprobs=2)["choices"] == [choice]
+    streamed = [c["choices"][0] for c in events(server.http + PATH, body | {"stream": True})]
+    assert [top for c in streamed for top in c["logprobs"]["top_logprobs"]] == shown
+
+
 def test_prompt_logprobs(server: RunningServer) -> None:
     (choice,) = ask(server, prompt="ab", prompt_logprobs=0)["choices"]
     assert choice["prompt_logprobs"] == [
