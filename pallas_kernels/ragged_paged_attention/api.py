@@ -40,8 +40,8 @@ def ragged_paged_attention(
     Scores are `soft_cap * tanh(q.k * scale / soft_cap)`; `sinks` adds one logit per head to the
     softmax's sum. `is_decode` promises that every sequence has one new token. Rows past the last
     token are finite, otherwise unspecified. The bits of a row depend on its own sequence only, not
-    on T, S, its neighbours or how the prompt was cut into chunks; on GPUs they do depend on whether
-    it is alone in its step (one kernel) or has others beside it (another).
+    on T, S, its neighbours or how the prompt was cut into chunks (on GPUs unless traced with
+    `tracing_invariant(False)`: long prompts then have a kernel of their own).
     """
     return _attention(
         q_TNH,
