@@ -146,7 +146,7 @@ def ragged_paged_attention(
                 scale,
             )
         sequences = cu_q_lens_S1, kv_lens_S, num_seqs
-        for is_long in (False, True) if _has_long(kv_pages_PB2KH, page_table_SM) else (False,):
+        for is_long in (False, True)[: _max_chunks(kv_pages_PB2KH, page_table_SM)]:
             tiling = tile_tiling(T, H, dtype.itemsize, is_long=is_long)
             tiles = plan_tiles(
                 *sequences,
@@ -162,9 +162,9 @@ def ragged_paged_attention(
     )
 
 
-def _has_long(kv_pages: jax.Array, page_table_SM: jax.Array) -> bool:
-    """Whether a context may have several chunks."""
-    return page_table_SM.shape[1] * kv_pages.shape[1] > MIN_CHUNK
+def _max_chunks(kv_pages: jax.Array, page_table_SM: jax.Array) -> int:
+    """The most that a context may have."""
+    return min(MAX_CHUNKS, -(-page_table_SM.shape[1] * kv_pages.shape[1] // MIN_CHUNK))
 
 
 def _attend_tiles(
@@ -228,7 +228,8 @@ def _decode(
     K, itemsize = kv_pages.shape[3], kv_pages.dtype.itemsize
     tiling = decode_tiling(H, itemsize)
     group = max(tiling.rows, _power_of_two(N // K))
-    S = page_table_SM.shape[0]
+    S, max_chunks = page_table_SM.shape[0], _max_chunks(kv_pages, page_table_SM)
+    constants = constants | {"MAX_CHUNKS": max_chunks}
     columns = decode_columns(H, itemsize, K, S)
     slices = _power_of_two(H) // columns
     if S * K * slices <= NUM_MULTIPROCESSORS:
@@ -249,9 +250,9 @@ def _decode(
         ),
         [
             jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype),
-            jax.ShapeDtypeStruct((S, MAX_CHUNKS, N, H), jnp.float32),
-            jax.ShapeDtypeStruct((S, MAX_CHUNKS, N), jnp.float32),
-            jax.ShapeDtypeStruct((S, MAX_CHUNKS, N), jnp.float32),
+            jax.ShapeDtypeStruct((S, max_chunks, N, H), jnp.float32),
+            jax.ShapeDtypeStruct((S, max_chunks, N), jnp.float32),
+            jax.ShapeDtypeStruct((S, max_chunks, N), jnp.float32),
         ],
         grid=(programs,),
         constants=constants
@@ -259,7 +260,7 @@ def _decode(
         schedule=tiling.schedule,
         aliases={} if prior_TNH is None else {7: 0},
     )
-    if not _has_long(kv_pages, page_table_SM):
+    if max_chunks == 1:
         return out
     return triton_call(
         fold_chunks,
@@ -269,7 +270,7 @@ def _decode(
         constants={name: constants[name] for name in ("N", "K", "H", "HP", "HAS_SINKS")}
         | {
             "GP": _power_of_two(N // K),
-            "MAX_CHUNKS": MAX_CHUNKS,
+            "MAX_CHUNKS": max_chunks,
         },
         schedule=Schedule(4, 4),
         aliases={6: 0},

@@ -155,7 +155,7 @@ def decode_chunk(
     M: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,  # of values, of HP: for each program
-    MAX_CHUNKS: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,  # that a context here may have
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
