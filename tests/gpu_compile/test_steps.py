@@ -193,6 +193,7 @@ def test_kernels_of_a_layer(family: str, seqs: int, tmp_path: Path) -> None:
     assert (len(four) - len(two)) / 2 <= KERNELS_OF_A_LAYER[family], "\n".join(four)
 
 
+@pytest.mark.slow
 def test_tokens_are_selected_without_a_sort(tmp_path: Path) -> None:
     """Loops whose length is data, still in one graph."""
     step = compiled(tmp_path, "sparse", 1, SEQS, SEQS)

@@ -140,6 +140,7 @@ def routed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, np.ndarray]]:
     return seen
 
 
+@pytest.mark.slow
 def test_neighbours_and_prefix_hits_change_no_token(tmp_path: Path) -> None:
     """In bfloat16: four requests together, then each alone, its first page from the cache."""
     make_tiny_llama(tmp_path, **CASES["v3"])

@@ -133,7 +133,7 @@ def test_biases_and_another_activation(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("top_k", [1, 2, 8])
+@pytest.mark.parametrize("top_k", [2, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 8))])
 def test_bits_of_a_row_do_not_depend_on_the_batch(
     expert_mlp: Callable, dtype: str, top_k: int
 ) -> None:

@@ -125,9 +125,14 @@ def test_order_of_floats() -> None:
 
 
 INVARIANT = (
-    Case(((130, 300),), top_k=24),
-    Case(((130, 300),), top_k=200, q_dtype="bfloat16", page_dtype="bfloat16"),
     Case(((130, 300),), top_k=24, heads=2, dim=4, values=(-1.0, 0.0, 1.0)),
+    *(
+        pytest.param(case, marks=pytest.mark.slow, id=str(case))
+        for case in (
+            Case(((130, 300),), top_k=24),
+            Case(((130, 300),), top_k=200, q_dtype="bfloat16", page_dtype="bfloat16"),
+        )
+    ),
 )
 
 
