@@ -109,7 +109,7 @@ def test_extra_args_keep_their_types() -> None:
         ("[1]", "extra_args_json", "must be a JSON object"),
         ("", "extra_args_json", "is not JSON"),
         ('{"a": NaN}', "extra_args_json", "is not JSON"),
-        ('{"a":' * 5000 + "1" + "}" * 5000, "extra_args_json", "is nested too deeply"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "extra_args_json", "is nested too deeply"),
         ('{"a": 1}', "extra_args", "no logits processor of this engine takes 'a'"),
     ],
 )
