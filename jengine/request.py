@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -175,24 +175,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             "min_tokens",
             f"must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}",
         )
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            need(
-                value is None or value >= -1,
-                name,
-                f"must be -1 (whole vocabulary) or >= 0, got {value}",
-            )
-        num_named = len(self.logprob_token_ids or ())
-        need(
-            num_named <= MAX_LOGPROB_TOKEN_IDS,
-            "logprob_token_ids",
-            f"must be at most {MAX_LOGPROB_TOKEN_IDS} ids, got {num_named}",
-        )
-        need(
-            self.logprob_token_ids is None or self.logprobs in (None, num_named),
-            "logprob_token_ids",
-            f"logprobs must be left out or be their number, {num_named}, got {self.logprobs}",
-        )
+        self._check_logprobs(need)
         need(
             self.truncate_prompt_tokens is None or self.truncate_prompt_tokens >= -1,
             "truncate_prompt_tokens",
@@ -211,6 +194,26 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         need(self.allowed_token_ids != [], "allowed_token_ids", "must not be empty")
         for bias in (self.logit_bias or {}).values():
             need(abs(bias) <= FLOAT32_MAX, "logit_bias", f"must be finite, got {bias}")
+
+    def _check_logprobs(self, need: Callable[[bool, str, str], None]) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            need(
+                value is None or value >= -1,
+                name,
+                f"must be -1 (whole vocabulary) or >= 0, got {value}",
+            )
+        num_named = len(self.logprob_token_ids or ())
+        need(
+            num_named <= MAX_LOGPROB_TOKEN_IDS,
+            "logprob_token_ids",
+            f"must be at most {MAX_LOGPROB_TOKEN_IDS} ids, got {num_named}",
+        )
+        need(
+            self.logprob_token_ids is None or self.logprobs in (None, num_named),
+            "logprob_token_ids",
+            f"logprobs must be left out or be their number, {num_named}, got {self.logprobs}",
+        )
 
     @property
     def is_greedy(self) -> bool:

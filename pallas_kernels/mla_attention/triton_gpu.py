@@ -146,7 +146,7 @@ def attend(
     spread = splits_to_fill(
         programs_at_once(tile.programs_per_multiprocessor), -(-N // tile.heads), len(kv_lens_S)
     )
-    splits = plan_splits(cu_q_lens_S1, kv_lens_S, num_seqs, None, spread)
+    splits = plan_splits(cu_q_lens_S1, kv_lens_S, num_seqs, spread)
     out_TNC = _decode(
         q_TNE, pages_PBE, page_table_SM, cu_q_lens_S1, splits, prior_TNC, itemsize, constants
     )

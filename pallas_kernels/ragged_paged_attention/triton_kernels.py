@@ -115,10 +115,16 @@ def fold(top, total, acc, chunk_top, chunk_total, chunk_acc, is_folded):
 
 
 @triton.jit
-def restart(top, total, acc, is_folded):
-    """A fresh chunk where the last one is folded."""
-    kept = tl.where(is_folded, 0.0, 1.0)
-    return tl.where(is_folded, NEVER, top), total * kept, acc * kept[:, None]
+def fold_at(end, chunk, all_top, all_total, all_acc, top, total, acc, MIN_CHUNK: tl.constexpr):
+    """After a block that ends at `end`: fold the chunks of rows where one ends there, and begin
+    afresh. `chunk` is how many positions a row's chunks have.
+    """
+    if end % MIN_CHUNK == 0:
+        is_end = end & (chunk - 1) == 0
+        all_top, all_total, all_acc = fold(all_top, all_total, all_acc, top, total, acc, is_end)
+        kept = tl.where(is_end, 0.0, 1.0)
+        top, total, acc = tl.where(is_end, NEVER, top), total * kept, acc * kept[:, None]
+    return all_top, all_total, all_acc, top, total, acc
 
 
 @triton.jit
@@ -338,13 +344,10 @@ def attend_tile(
             kv_ptr, table_ptr, at, at >= 0, offsets_h, offsets_h, head, K, H, B, DTYPE
         )
         top, total, acc = attend_block(q, k, v, None, top, total, acc, SCALE, SOFT_CAP, PRECISION)
-        if IS_LONG:  # noqa: SIM102  (static)
-            if (start + BLOCK) % MIN_CHUNK == 0:
-                is_end = (start + BLOCK) & (chunk - 1) == 0
-                all_top, all_total, all_acc = fold(
-                    all_top, all_total, all_acc, top, total, acc, is_end
-                )
-                top, total, acc = restart(top, total, acc, is_end)
+        if IS_LONG:
+            all_top, all_total, all_acc, top, total, acc = fold_at(
+                start + BLOCK, chunk, all_top, all_total, all_acc, top, total, acc, MIN_CHUNK
+            )
     for start in range(masked, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         is_live = at < end
@@ -359,13 +362,10 @@ def attend_tile(
         top, total, acc = attend_block(
             q, k, v, is_seen, top, total, acc, SCALE, SOFT_CAP, PRECISION
         )
-        if IS_LONG:  # noqa: SIM102  (static)
-            if (start + BLOCK) % MIN_CHUNK == 0:
-                is_end = (start + BLOCK) & (chunk - 1) == 0
-                all_top, all_total, all_acc = fold(
-                    all_top, all_total, all_acc, top, total, acc, is_end
-                )
-                top, total, acc = restart(top, total, acc, is_end)
+        if IS_LONG:
+            all_top, all_total, all_acc, top, total, acc = fold_at(
+                start + BLOCK, chunk, all_top, all_total, all_acc, top, total, acc, MIN_CHUNK
+            )
     if IS_LONG:
         top, total, acc = fold(all_top, all_total, all_acc, top, total, acc, rows >= 0)
     sink = tl.load(sinks_ptr + heads, mask=is_row, other=0.0) if HAS_SINKS else top

@@ -98,7 +98,6 @@ def plan_splits(
     cu_q_lens_S1: jax.Array,
     kv_lens_S: jax.Array,
     num_seqs: jax.Array,
-    window: int | None,
     spread: int,
 ) -> Splits:
     """Splits of the sequences with one new token: equal but for a block, so that the programs that
@@ -109,11 +108,7 @@ def plan_splits(
     """
     S = kv_lens_S.shape[0]
     is_decode_S = _is_decode(cu_q_lens_S1, num_seqs)
-    begin_S = jnp.zeros_like(kv_lens_S)
-    if window is not None:
-        begin_S = jnp.maximum(kv_lens_S - window, 0)
-    first_block_S = begin_S // SPLIT_BLOCK
-    blocks_S = -(-kv_lens_S // SPLIT_BLOCK) - first_block_S
+    blocks_S = -(-kv_lens_S // SPLIT_BLOCK)
     count_S = jnp.maximum(
         -(-blocks_S // MAX_BLOCKS), jnp.minimum(spread, blocks_S // MIN_BLOCKS)
     ).clip(1, MAX_SPLITS)
@@ -125,8 +120,8 @@ def plan_splits(
 
     def edge(split_W: jax.Array) -> jax.Array:
         count_W = jnp.maximum(count_S[sequence_W], 1)
-        block_W = split_W * blocks_S[sequence_W] // count_W + first_block_S[sequence_W]
-        return jnp.clip(block_W * SPLIT_BLOCK, begin_S[sequence_W], kv_lens_S[sequence_W])
+        block_W = split_W * blocks_S[sequence_W] // count_W
+        return jnp.minimum(block_W * SPLIT_BLOCK, kv_lens_S[sequence_W])
 
     items = jnp.stack([sequence_W, edge(split_W), edge(split_W + 1), count_S[sequence_W]], axis=1)
     return Splits(items, first_S1[-1:], first_S1)

@@ -158,39 +158,14 @@ def _choose(
     from jengine.pallas_kernels.select_tokens.triton_kernels import (
         choose_of_best,
         choose_of_chunks,
-        score_queries,
     )
 
-    (T, J, X), W, k = q_TJX.shape, tiles_W4.shape[0], top_k
+    T, W, k = q_TJX.shape[0], tiles_W4.shape[0], top_k
     B, M = pages_PBE.shape[1], page_table_SM.shape[1]
     length = M * B
-    is_wide = q_TJX.dtype != pages_PBE.dtype or q_TJX.dtype == jnp.float32
-    tile = tiling(4 if is_wide else q_TJX.dtype.itemsize)
-    parts = max(1, min(programs_at_once(tile.programs_per_multiprocessor) // W,
-                       -(-length // tile.block)))  # fmt: skip
     cut = Cut.of(length, k)
     shared = {"B": B, "M": M, "TOKENS_PER_ENTRY": tokens_per_entry, "TOP_K": k, "QUERIES": size}
-    ranks = triton_call(
-        score_queries,
-        (q_TJX, weights_TJ.astype(jnp.float32), pages_PBE, page_table_SM, tiles_W4),
-        [jax.ShapeDtypeStruct((W * size, length), jnp.uint32)],
-        grid=(W, parts),
-        constants=shared
-        | {
-            "J": J,
-            "JP": power_of_two(J),
-            "X": X,
-            "XP": power_of_two(X),
-            "ROW": pages_PBE.shape[2],
-            "LENGTH": length,
-            "BLOCK": tile.block,
-            "PARTS": parts,
-            "SCALE": float(scale),
-            "PRECISION": "ieee",  # float32 means float32: not TF32, which is Triton's default
-            "WIDE": is_wide,
-        },
-        schedule=tile.schedule,
-    )[0]
+    ranks = _score(q_TJX, weights_TJ, pages_PBE, page_table_SM, tiles_W4, shared, scale)
     slots_shape = jax.ShapeDtypeStruct((T, k), jnp.int32)
     nominated = (W * size, cut.chunks, k) if cut.chunks > 1 else (1, 1, 1)
     slots_Tk, best_ranks, best = triton_call(
@@ -229,6 +204,47 @@ def _choose(
         },
         schedule=schedule_of(cut.candidates),
         aliases={4: 0},
+    )[0]
+
+
+def _score(
+    q_TJX: jax.Array,
+    weights_TJ: jax.Array,
+    pages_PBE: jax.Array,
+    page_table_SM: jax.Array,
+    tiles_W4: jax.Array,
+    shared: dict[str, int],
+    scale: float,
+) -> jax.Array:
+    """u32[queries of tiles, entries of a context]: the order of the scores."""
+    from jengine.pallas_kernels.select_tokens.triton_kernels import score_queries
+
+    (_, J, X), W = q_TJX.shape, tiles_W4.shape[0]
+    length = shared["M"] * shared["B"]
+    is_wide = q_TJX.dtype != pages_PBE.dtype or q_TJX.dtype == jnp.float32
+    tile = tiling(4 if is_wide else q_TJX.dtype.itemsize)
+    parts = max(1, min(programs_at_once(tile.programs_per_multiprocessor) // W,
+                       -(-length // tile.block)))  # fmt: skip
+    return triton_call(
+        score_queries,
+        (q_TJX, weights_TJ.astype(jnp.float32), pages_PBE, page_table_SM, tiles_W4),
+        [jax.ShapeDtypeStruct((W * shared["QUERIES"], length), jnp.uint32)],
+        grid=(W, parts),
+        constants=shared
+        | {
+            "J": J,
+            "JP": power_of_two(J),
+            "X": X,
+            "XP": power_of_two(X),
+            "ROW": pages_PBE.shape[2],
+            "LENGTH": length,
+            "BLOCK": tile.block,
+            "PARTS": parts,
+            "SCALE": float(scale),
+            "PRECISION": "ieee",  # float32 means float32: not TF32, which is Triton's default
+            "WIDE": is_wide,
+        },
+        schedule=tile.schedule,
     )[0]
 
 
