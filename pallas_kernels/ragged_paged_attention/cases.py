@@ -32,6 +32,8 @@ class Case:
     window: int | None = None
     soft_cap: float | None = None
     has_sinks: bool = False
+    # Keys from here on are large: a few positions weigh as much as thousands before them.
+    loud_from: int | None = None
     padding_tokens: int = 3
     padding_seqs: int = 2
 
@@ -53,6 +55,8 @@ class Case:
             table[s, : first // self.page_size] = 0  # freed: left the window
             at = np.arange(first, length)
             entries = rng.standard_normal((length, 2, self.kv_heads, self.head_dim), np.float32)
+            if self.loud_from is not None:
+                entries[self.loud_from :, 0] *= 4
             pages[table[s][at // self.page_size], at % self.page_size] = entries[first:]
         new_lens = [new for new, _ in self.lens]
         cu = np.concatenate([[0], np.cumsum(new_lens), np.full(self.padding_seqs, sum(new_lens))])
@@ -73,7 +77,7 @@ LONG = ((1, 8300), (5, 8194), (1, 8192), (3, 8230))  # around the first chunk's 
 MIXED = ((37, 37), (1, 200), (1, 1), (50, 130), (1, 64), (1, 65), (7, 300))
 CASES = (
     Case(MIXED),
-    Case(LONG, heads=2, kv_heads=1),
+    Case(LONG, heads=2, kv_heads=1, loud_from=8192),
     Case(MIXED, q_dtype="float32", kv_dtype="float32"),
     Case(MIXED, q_dtype="float32", kv_dtype="bfloat16"),
     Case(MIXED, q_dtype="bfloat16", kv_dtype="float32"),

@@ -122,9 +122,8 @@ def fold_at(end, chunk, all_top, all_total, all_acc, top, total, acc, MIN_CHUNK:
     if end % MIN_CHUNK == 0:
         is_end = end & (chunk - 1) == 0
         all_top, all_total, all_acc = fold(all_top, all_total, all_acc, top, total, acc, is_end)
-        kept = tl.where(is_end, 0.0, 1.0)
-        top, total, acc = tl.where(is_end, NEVER, top), total * kept, acc * kept[:, None]
-    return all_top, all_total, all_acc, top, total, acc
+        top = tl.where(is_end, NEVER, top)  # what was summed so far weighs nothing any more
+    return all_top, all_total, all_acc, top
 
 
 @triton.jit
@@ -345,7 +344,7 @@ def attend_tile(
         )
         top, total, acc = attend_block(q, k, v, None, top, total, acc, SCALE, SOFT_CAP, PRECISION)
         if IS_LONG:
-            all_top, all_total, all_acc, top, total, acc = fold_at(
+            all_top, all_total, all_acc, top = fold_at(
                 start + BLOCK, chunk, all_top, all_total, all_acc, top, total, acc, MIN_CHUNK
             )
     for start in range(masked, end, BLOCK):
@@ -363,7 +362,7 @@ def attend_tile(
             q, k, v, is_seen, top, total, acc, SCALE, SOFT_CAP, PRECISION
         )
         if IS_LONG:
-            all_top, all_total, all_acc, top, total, acc = fold_at(
+            all_top, all_total, all_acc, top = fold_at(
                 start + BLOCK, chunk, all_top, all_total, all_acc, top, total, acc, MIN_CHUNK
             )
     if IS_LONG:
